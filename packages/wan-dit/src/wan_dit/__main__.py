@@ -1,0 +1,3 @@
+from wan_dit.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,61 @@
+"""What the four commands share: errors to exit codes, tables, --json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+USER_ERRORS = (ValueError, LookupError, OSError)
+
+
+def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
+    """Parse, run and turn an error into one line on stderr.
+
+    Exit codes: 0; 2 for bad input (ValueError, LookupError, OSError); 1 for anything unexpected, whose traceback goes
+    to a log file; 130 on Ctrl-C. `--debug` shows the traceback.
+    """
+    args = parser.parse_args(argv)
+    warnings.showwarning = lambda message, *_, **__: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
+    try:
+        return main(args) or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if getattr(args, "debug", False):
+            traceback.print_exc()
+        if isinstance(error, USER_ERRORS) and type(error) not in (KeyError, IndexError):
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            return 2
+        with tempfile.NamedTemporaryFile("w", prefix=f"{parser.prog}-", suffix=".log", delete=False) as log:
+            log.write(traceback.format_exc())
+        print(f"{parser.prog}: unexpected {type(error).__name__}: {error} (traceback in {log.name})", file=sys.stderr)
+        return 1
+
+
+def add_common(parser: argparse.ArgumentParser, *, listing: bool = False) -> None:
+    """The flags every subcommand has: --debug, and --json where it lists something."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if listing:
+        parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def show(rows: Sequence[dict[str, Any]], *, as_json: bool, empty: str = "nothing to list") -> None:
+    """Print records as JSON or as an aligned table."""
+    if as_json:
+        print(json.dumps(list(rows), indent=2, ensure_ascii=False))
+    elif not rows:
+        print(empty)
+    else:
+        columns = list(rows[0])
+        cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+        for line in cells:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

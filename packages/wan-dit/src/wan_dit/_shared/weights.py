@@ -1,0 +1,225 @@
+"""Read and write checkpoints: any container, strict key maps, meta build and assign, atomic saves, fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+M = TypeVar("M", bound=nn.Module)
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """The local file or folder of `pkg:package/path`, `hub:org/repo[@revision][/path]`, a path, or `org/repo` on the Hub."""
+    text = str(source)
+    if text.startswith("pkg:"):
+        package, _, inner = text.removeprefix("pkg:").partition("/")
+        path = Path(str(files(package))) / inner
+    elif text.startswith("hub:") or (not Path(text).exists() and text.count("/") == 1 and text[0] not in "./~"):
+        return _download(text.removeprefix("hub:"))
+    else:
+        path = Path(text)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at '{source}': give a file, a folder or a Hub id 'org/repo'")
+    return path
+
+
+def _download(text: str) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    org, name, *inner = text.split("/", 2)
+    name, _, revision = name.partition("@")
+    if inner:
+        return Path(hf_hub_download(f"{org}/{name}", inner[0], revision=revision or None))
+    return Path(snapshot_download(f"{org}/{name}", revision=revision or None))
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """The `config.json` in a folder or beside a file; None where there is none."""
+    config = path / "config.json" if path.is_dir() else path.with_name("config.json")
+    return json.loads(config.read_text()) if config.exists() else None
+
+
+def read_state(path: Path) -> State:
+    """All tensors of a checkpoint, memory-mapped: safetensors, a pickle (`weights_only`), or a folder with either."""
+    if path.is_dir():
+        shards = sorted(path.glob("*.safetensors")) or sorted(file for file in path.iterdir() if file.suffix in PICKLES)
+        if not shards:
+            raise FileNotFoundError(f"no .safetensors or {'/'.join(PICKLES)} file in '{path}'")
+        if index := next(path.glob("*.safetensors.index.json"), None):
+            shards = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return {key: value for shard in shards for key, value in read_state(shard).items()}
+    try:
+        if path.suffix in PICKLES:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            for wrapper in ("state_dict", "model_state", "model"):
+                state = state[wrapper] if isinstance(state.get(wrapper), Mapping) else state
+            return dict(state)
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"'{path}' is not a readable checkpoint: {type(error).__name__}: {error}") from error
+
+
+def strip_prefix(state: State, prefixes: Iterable[str]) -> State:
+    """The state without the first of `prefixes` that every key carries."""
+    for prefix in prefixes:
+        if state and all(key.startswith(prefix) for key in state):
+            return {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def rename(state: State, table: Mapping[str, str], source: object = "checkpoint") -> State:
+    """Rename every key by `table` (old -> new), a bijection: a missing or an extra key is an error that names it."""
+    _check_keys(set(table), set(state), source)
+    return {table[key]: value for key, value in state.items()}
+
+
+def _check_keys(expected: set[str], got: set[str], source: object) -> None:
+    problems = [
+        f"{label} {len(keys)} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
+        for label, keys in (("missing", expected - got), ("unexpected", got - expected))
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"'{source}' does not fit this model: {'; '.join(problems)}")
+
+
+def build(make: Callable[[], M], state: State, *, dtype: Any = None, device: Any = None, source: object = "checkpoint") -> M:
+    """Build a module on meta and assign `state` to it, strictly, in eval mode.
+
+    dtype None: fp32 on a CPU, the checkpoint's own elsewhere (bf16 where that is fp32).
+    Raises ValueError that names missing, unexpected or misshapen tensors.
+    """
+    device = torch.device(device or "cpu")
+    with torch.device("meta"):
+        module = make()
+    expected = module.state_dict()
+    _check_keys(set(expected), set(state), source)
+    for key, value in state.items():
+        if value.shape != expected[key].shape:
+            raise ValueError(f"'{source}': tensor '{key}' is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
+    dtype = dtype or default_dtype(state, device)
+    module.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
+    return module.eval()
+
+
+def default_dtype(state: State, device: torch.device) -> torch.dtype:
+    if device.type == "cpu":
+        return torch.float32
+    own = {value.dtype for value in state.values() if value.is_floating_point()}
+    return own.pop() if own and own <= {torch.float16, torch.bfloat16} and len(own) == 1 else torch.bfloat16
+
+
+def load_part(target: Any, source: str | None, *, dtype: Any = None, device: Any = None) -> Any:
+    """What a spec's `load` does: `target.from_pretrained(source)`, or the bare target where there are no weights."""
+    if source is not None:
+        return target.from_pretrained(source, dtype=dtype, device=device)
+    part = target()
+    if isinstance(part, nn.Module):
+        default = default_dtype(part.state_dict(), torch.device(device or "cpu"))
+        part = part.to(device or "cpu", dtype or default).eval()
+    return part
+
+
+def best_device() -> str:
+    """The device the commands run on where none is named: cuda, mps, or the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes of all tensors, independent of their order and of the container."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], extra: Mapping[str, bytes] | None = None) -> None:
+    """Write config.json, model.safetensors and `extra` files into `folder`; nothing half-written is ever seen there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, scratch / "model.safetensors", metadata={"format": "pt"})
+        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name, data in (extra or {}).items():
+            (scratch / name).write_bytes(data)
+        folder.mkdir(exist_ok=True)
+        for file in sorted(scratch.iterdir(), key=lambda file: file.suffix == ".json"):  # the config last: it makes the folder valid
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Pretrained(nn.Module):
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` for a module built from one frozen pydantic `config`.
+
+    A subclass sets `format` and gives `read_checkpoint(path) -> (config, state in its own names)` for every layout
+    it knows, and `official_names(config) -> {own name: official name}`: folders are written in official names.
+    """
+
+    format: ClassVar[str]
+    config: Any
+
+    @classmethod
+    def read_checkpoint(cls, path: Path) -> tuple[Any, State]:
+        raise NotImplementedError
+
+    @classmethod
+    def official_names(cls, config: Any) -> dict[str, str]:
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], *, dtype: Any = None, device: Any = None) -> Self:
+        """Load a folder, a file or a Hub id in any layout this package reads.
+
+        dtype None is fp32 on a CPU and the checkpoint's own on a GPU (bf16 where that is fp32); device None is the CPU.
+        """
+        path = locate(source)
+        config, state = cls.read_checkpoint(path)
+        return build(lambda: cls(config), state, dtype=dtype, device=device, source=path)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `config.json` and `model.safetensors` with official tensor names."""
+        names = self.official_names(self.config)
+        state = {names[key]: value for key, value in self.state_dict().items()}
+        save_folder(Path(folder), state, {"format": self.format, **self.config.model_dump(mode="json")}, self.extra_files())
+
+    def extra_files(self) -> dict[str, bytes]:
+        """Files beside the weights, such as a tokenizer."""
+        return {}
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Save and upload to `repo_id`; returns its address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        return str(address)
+
+    def fingerprint(self) -> str:
+        """sha256 of the weights under their official names."""
+        names = self.official_names(self.config)
+        return fingerprint({names[key]: value for key, value in self.state_dict().items()})

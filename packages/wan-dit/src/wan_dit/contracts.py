@@ -1,0 +1,101 @@
+"""What the parts of a pipeline are, structurally: no base class is needed to satisfy them.
+
+Conventions: video `[B, 3, T, H, W]` in [-1, 1], T = 1 + k * temporal stride; latents `[B, C, T', H', W']`, normalised;
+text context a list of `[L_i, D]` without pad rows. Sigma 1 is noise: x_sigma = (1 - sigma) * data + sigma * noise, and a
+backbone predicts velocity = noise - data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a task gives a backbone besides text.
+
+    extra_latents: `[B, C, T', H', W']`, concatenated to the latents on the channel axis
+    """
+
+    extra_latents: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """Projected text and the cross-attention keys and values of every block: a value the caller holds and may drop.
+
+    keys, values: one `[B, L, heads, head_dim]` a block
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One entry per model evaluation.
+
+    sigmas: float32 `[E + 1]`, descending to 0
+    timesteps: `[E]`, 1000 * sigma, truncated to integers where the official solver truncates
+    """
+
+    sigmas: Tensor
+    timesteps: Tensor
+
+
+class VAE(Protocol):
+    """A video codec."""
+
+    spec: Any
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Video to normalised latents; ValueError where T or the size does not divide."""
+
+    def decode(self, latents: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Latents to video, clamped to [-1, 1]."""
+
+    def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Chunks of frames (the first of 1, then multiples of the temporal stride) to chunks of latents."""
+
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Chunks of latents to chunks of frames."""
+
+
+class TextEncoder(Protocol):
+    """Prompts to context tokens."""
+
+    spec: Any
+
+    def encode(self, prompts: list[str]) -> list[Tensor]:
+        """One `[L_i, D]` a prompt, the end token included, without pad rows."""
+
+
+class Backbone(Protocol):
+    """Predicts velocity."""
+
+    spec: Any
+
+    def encode_context(self, text: list[Tensor], conditioning: Conditioning | None = None) -> Context:
+        """Project text (and image) tokens once for all steps."""
+
+    def __call__(self, latents: Tensor, timestep: Tensor, context: Context, conditioning: Conditioning | None = None) -> Tensor:
+        """Velocity `[B, C, T', H', W']`; timestep float32 in 0..1000, `[B]` or `[B, T']`."""
+
+
+class Scheduler(Protocol):
+    """A sampler without state: one object serves many requests, and a saved state resumes to the same bits."""
+
+    def schedule(self, steps: int, shift: float) -> Schedule:
+        """The grid of a run; the pipeline owns `shift` and hands it over once."""
+
+    def start(self, schedule: Schedule) -> dict[str, Any]:
+        """A new state: a plain dict of tensors and numbers, `state["i"]` the index of the next evaluation."""
+
+    def step(self, state: dict[str, Any], velocity: Tensor, sample: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The sample after evaluation `state["i"]`, which it advances."""

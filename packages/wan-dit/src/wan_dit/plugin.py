@@ -1,0 +1,50 @@
+"""The backbones, schedulers and models of this package."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from .plugins import BackboneSpec, SchedulerSpec, VideoModelSpec, hookimpl
+
+_Backbone = partial(BackboneSpec, target="wan_dit.model:WanDiT", format="wan-dit/1", describe="wan_dit.checkpoint:describe")
+_Wan21 = partial(
+    _Backbone, latent_space="wan2.1", latent_channels=16, stride=(4, 8, 8), embedding_space="umt5-xxl", text_dim=4096, text_len=512
+)
+
+
+@hookimpl
+def wan_backbones() -> list[BackboneSpec]:
+    return [
+        _Wan21(name="wan2.1-t2v-1.3b", weights="hub:Wan-AI/Wan2.1-T2V-1.3B", summary="Wan2.1 text to video, 1.4 B parameters"),
+        _Wan21(name="wan2.1-t2v-14b", weights="hub:Wan-AI/Wan2.1-T2V-14B", summary="Wan2.1 text to video, 14.3 B parameters"),
+        _Backbone(
+            name="tiny", latent_space="tiny-1", latent_channels=8, stride=(4, 8, 8), embedding_space="tiny-1", text_dim=96, text_len=32,
+            weights="pkg:wan_dit/weights/tiny", summary="built in, draws moving shapes only",
+        ),
+    ]
+
+
+@hookimpl
+def wan_schedulers() -> list[SchedulerSpec]:
+    return [
+        SchedulerSpec("unipc", "wan_dit.schedulers.unipc:UniPC", summary="multistep, order 2: the official default"),
+        SchedulerSpec("euler", "wan_dit.schedulers.euler:Euler", summary="first order, float timesteps"),
+    ]
+
+
+@hookimpl
+def wan_models() -> list[VideoModelSpec]:
+    return [
+        VideoModelSpec(
+            "tiny", "tiny", "tiny", "tiny", steps=15, shift=3.0, guidance=2.0, size=(64, 64), frames=17, fps=8,
+            summary="built in: six colours, four shapes, five motions",
+        ),
+        VideoModelSpec(
+            "wan2.1-t2v-1.3b", "wan2.1-t2v-1.3b", "wan2.1", "umt5-xxl", shift=8.0, guidance=6.0,
+            hub="Wan-AI/Wan2.1-T2V-1.3B", summary="text to video at 480p",
+        ),
+        VideoModelSpec(
+            "wan2.1-t2v-14b", "wan2.1-t2v-14b", "wan2.1", "umt5-xxl", size=(1280, 720),
+            hub="Wan-AI/Wan2.1-T2V-14B", summary="text to video at 480p and 720p",
+        ),
+    ]

@@ -1,0 +1,106 @@
+"""The kinds `wan_backbones`, `wan_schedulers` and `wan_models`: hooks, spec records and lookups. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ._shared.discover import Offer as Offer
+from ._shared.discover import PluginManager as PluginManager
+from ._shared.discover import discover as discover
+from ._shared.discover import hookimpl as hookimpl
+from ._shared.discover import hookspec, resolve
+from ._shared.discover import plugin_manager as _plugin_manager
+from ._shared.spec import ModelSpec, Spec
+
+if TYPE_CHECKING:
+    import pluggy
+
+INSTALL = {"wan_vaes": "wan-vae", "wan_text_encoders": "wan-text"}
+
+
+@dataclass(frozen=True)
+class BackboneSpec(ModelSpec):
+    """A diffusion backbone that predicts velocity.
+
+    latent_space, latent_channels, stride: the VAE it was trained on
+    embedding_space, text_dim, text_len: the text encoder it was trained on, and its longest context
+    patch: latents per token in (time, height, width)
+    image_dim: width of image tokens, None where it takes none
+    """
+
+    latent_space: str
+    latent_channels: int
+    stride: tuple[int, int, int]
+    embedding_space: str
+    text_dim: int
+    text_len: int
+    patch: tuple[int, int, int] = field(default=(1, 2, 2), kw_only=True)
+    image_dim: int | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class SchedulerSpec(Spec):
+    """A scheduler: `target()` returns an object with `schedule`, `start` and `step` (see wan_dit.contracts.Scheduler)."""
+
+    def load(self) -> Any:
+        return self.resolve()()
+
+
+@dataclass(frozen=True)
+class VideoModelSpec:
+    """A model: which parts it is made of, by name, and the settings it is used with.
+
+    size: (width, height) in pixels
+    frames: 1 + k * temporal stride
+    guidance: classifier-free guidance scale; 1 runs the model once a step
+    native: further (width, height, frames) the model was trained at, if any
+    """
+
+    name: str
+    backbone: str
+    vae: str
+    text_encoder: str
+    scheduler: str = "unipc"
+    steps: int = 50
+    shift: float = 5.0
+    guidance: float = 5.0
+    size: tuple[int, int] = (832, 480)
+    frames: int = 81
+    fps: int = 16
+    negative_prompt: str = ""
+    hub: str | None = None
+    summary: str = field(default="", kw_only=True)
+    extra: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+
+class Hooks:
+    """What a plugin of these kinds implements."""
+
+    @hookspec
+    def wan_backbones(self) -> Iterable[BackboneSpec]:  # type: ignore[empty-body]
+        """Diffusion backbones, as specs."""
+
+    @hookspec
+    def wan_schedulers(self) -> Iterable[SchedulerSpec]:  # type: ignore[empty-body]
+        """Schedulers, as specs."""
+
+    @hookspec
+    def wan_models(self) -> Iterable[VideoModelSpec]:  # type: ignore[empty-body]
+        """Models: a backbone, a VAE, a text encoder, a scheduler and their defaults."""
+
+
+def plugin_manager() -> PluginManager:
+    """A fresh manager with every installed plugin, those of the sibling packages included."""
+    return _plugin_manager(Hooks)
+
+
+def find(kind: str, ref: str, pm: pluggy.PluginManager | None = None, *, typed: bool = True) -> Any:
+    """The spec of `kind` that a path, name, Hub id or import string names; LookupError says what is installed."""
+    return resolve(kind, ref, pm or plugin_manager(), typed=typed, install=INSTALL.get(kind, ""))
+
+
+def load_backbone(ref: str = "tiny", *, dtype: Any = None, device: Any = None, pm: pluggy.PluginManager | None = None) -> Any:
+    """Load a backbone by path, name, Hub id or import string, in eval mode."""
+    return find("wan_backbones", ref, pm).load(dtype=dtype, device=device)

@@ -1,0 +1,3 @@
+from wan_text.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,3 @@
+from wan_train.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,18 @@
+"""The objectives and data sets of this package."""
+
+from __future__ import annotations
+
+from .plugins import DatasetSpec, ObjectiveSpec, hookimpl
+
+
+@hookimpl
+def wan_objectives() -> list[ObjectiveSpec]:
+    return [
+        ObjectiveSpec("rectified-flow", "wan_train.objectives.flow:RectifiedFlow", summary="velocity of the straight path from data to noise"),
+        ObjectiveSpec("vae", "wan_train.objectives.vae:VAEObjective", summary="L1 and KL reconstruction"),
+    ]
+
+
+@hookimpl
+def wan_datasets() -> list[DatasetSpec]:
+    return [DatasetSpec("shapes", "wan_train.data.shapes:Shapes", summary="rendered moving shapes with captions")]

@@ -1,0 +1,3 @@
+from wan_vae.cli import main
+
+raise SystemExit(main())

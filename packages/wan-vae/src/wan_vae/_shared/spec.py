@@ -1,0 +1,48 @@
+"""Records a plugin returns: plain data with a lazy target, so that listing imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pkgutil import resolve_name
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One named part. `target` is an import string `module:attr`, resolved only when the part is used."""
+
+    name: str
+    target: str
+    summary: str = field(default="", kw_only=True)
+
+    def resolve(self) -> Any:
+        """The class or factory behind `target`; imports its module, touches no weights."""
+        return resolve_name(self.target)
+
+
+@dataclass(frozen=True)
+class ModelSpec(Spec):
+    """A part with weights.
+
+    weights: nothing (the target is called without arguments), `"pkg:package/folder"` or `"hub:org/repo[@revision][/path]"`
+    format: the `"format"` value of the `config.json` files this part reads, such as `"wan-vae/1"`
+    describe: import string of a function `(path) -> spec` that reads the facts of a checkpoint without its weights
+    """
+
+    weights: str | None = field(default=None, kw_only=True)
+    format: str | None = field(default=None, kw_only=True)
+    describe: str | None = field(default=None, kw_only=True)
+
+    def load(self, weights: str | None = None, *, dtype: Any = None, device: Any = None) -> Any:
+        """An instance in eval mode, ready to run.
+
+        dtype None is fp32 on a CPU and the checkpoint's own on a GPU (bf16 where that is fp32); device None is the CPU.
+        """
+        from .weights import load_part
+
+        return load_part(self.resolve(), weights or self.weights, dtype=dtype, device=device)
+
+    def at(self, path: str) -> Self:
+        """This spec for the checkpoint at `path`, its fields read from the file where `describe` is set."""
+        found = resolve_name(self.describe)(path) if self.describe else self
+        return replace(found, name=str(path), weights=str(path))
