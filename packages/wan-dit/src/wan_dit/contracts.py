@@ -31,10 +31,12 @@ class Context:
     """Projected text and the cross-attention keys and values of every block: a value the caller holds and may drop.
 
     keys, values: one `[B, L, heads, head_dim]` a block
+    bias: added to the attention logits, `[B, 1, 1, L]`; None where it is zero
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,15 @@ _Wan21 = partial(
     _Backbone, latent_space="wan2.1", latent_channels=16, stride=(4, 8, 8), embedding_space="umt5-xxl", text_dim=4096, text_len=512
 )
 
+# what the captions of the built-in model's training data are made of (the data set `shapes` of wan-train)
+TINY_WORDS = {
+    "colours": ("red", "yellow", "green", "blue", "purple", "orange"),
+    "shapes": ("circle", "square", "triangle", "star"),
+    "motions": ("left", "right", "up", "down", "still", "upward", "downward"),
+    "backgrounds": ("black", "white"),
+    "others": tuple("a against an background goes in is moves moving on standing stands staying stays that the to with".split()),
+}
+
 
 @hookimpl
 def wan_backbones() -> list[BackboneSpec]:
@@ -37,7 +46,7 @@ def wan_models() -> list[VideoModelSpec]:
     return [
         VideoModelSpec(
             "tiny", "tiny", "tiny", "tiny", steps=15, shift=3.0, guidance=2.0, size=(64, 64), frames=17, fps=8,
-            summary="built in: six colours, four shapes, five motions",
+            summary="built in: six colours, four shapes, five motions", extra={"words": TINY_WORDS},
         ),
         VideoModelSpec(
             "wan2.1-t2v-1.3b", "wan2.1-t2v-1.3b", "wan2.1", "umt5-xxl", shift=8.0, guidance=6.0,

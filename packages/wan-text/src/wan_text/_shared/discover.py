@@ -131,7 +131,8 @@ def _imported(kind: str, ref: str) -> Any:
         target = spec.resolve()
     except (ImportError, AttributeError) as error:
         raise LookupError(f"cannot import {_label(kind)} '{ref}': {error}") from error
-    return getattr(target, "spec", None) if isinstance(getattr(target, "spec", None), Spec) else _ImportedSpec(ref, ref)
+    spec = getattr(target, "spec", None)  # by its shape, not its class: each package has a Spec of its own
+    return spec if isinstance(getattr(spec, "name", None), str) and hasattr(spec, "load") else _ImportedSpec(ref, ref)
 
 
 class _ImportedSpec(Spec):

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -22,14 +22,17 @@ M = TypeVar("M", bound=nn.Module)
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
-def locate(source: str | os.PathLike[str]) -> Path:
-    """The local file or folder of `pkg:package/path`, `hub:org/repo[@revision][/path]`, a path, or `org/repo` on the Hub."""
+def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None) -> Path:
+    """The local file or folder of `pkg:package/path`, `hub:org/repo[@revision][/path]`, a path, or `org/repo` on the Hub.
+
+    patterns: of a Hub repository fetch only the files that match one, such as `tokenizer/*`
+    """
     text = str(source)
     if text.startswith("pkg:"):
         package, _, inner = text.removeprefix("pkg:").partition("/")
         path = Path(str(files(package))) / inner
     elif text.startswith("hub:") or (not Path(text).exists() and text.count("/") == 1 and text[0] not in "./~"):
-        return _download(text.removeprefix("hub:"))
+        return _download(text.removeprefix("hub:"), patterns)
     else:
         path = Path(text)
     if not path.exists():
@@ -37,14 +40,14 @@ def locate(source: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _download(text: str) -> Path:
+def _download(text: str, patterns: Sequence[str] | None) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     org, name, *inner = text.split("/", 2)
     name, _, revision = name.partition("@")
     if inner:
         return Path(hf_hub_download(f"{org}/{name}", inner[0], revision=revision or None))
-    return Path(snapshot_download(f"{org}/{name}", revision=revision or None))
+    return Path(snapshot_download(f"{org}/{name}", revision=revision or None, allow_patterns=list(patterns) if patterns else None))
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
@@ -197,6 +200,10 @@ class Pretrained(nn.Module):
         path = locate(source)
         config, state = cls.read_checkpoint(path)
         return build(lambda: cls(config), state, dtype=dtype, device=device, source=path)
+
+    def reinitialised(self, **architecture: Any) -> Self:
+        """A new module with fresh weights and this one's config, with the fields in `architecture` changed."""
+        return type(self)(type(self.config)(**{**self.config.model_dump(), **architecture}))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `config.json` and `model.safetensors` with official tensor names."""

@@ -1,0 +1,129 @@
+"""Ours against diffusers and transformers, interleaved in one process: `python bench/benchmarks.py docs/benchmarks.md`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from page import header, machine, table
+from references import backbone_pair, difference, padded, reference_latents, reference_video, text_pair, vae_pair
+from timing import Comparison, compare
+from wan_dit.config import DiTConfig
+from wan_text.config import UMT5Config
+from wan_vae.config import WAN21, WAN22
+
+SUMMARY = """
+Ours against the reference library with the same random weights, on the same input, in fp32. Both alternate in one process
+(fresh processes for imports), after one run each to warm up. A ratio is the reference's time over ours, so above 1 ours is
+faster: the median over pairs, then the least and the greatest. Widths are modest, so that a CPU carries them: the ratios are
+of these shapes and this machine, not a promise for large models on a GPU. "Apart" is the largest difference between the two
+results over max(1, largest reference).
+"""
+COLUMNS = ["what", "ours", "reference", "ratio", "pairs", "apart"]
+VAE21 = WAN21.model_copy(update={"base_dim": 32, "decoder_base_dim": 32})
+VAE22 = WAN22.model_copy(update={"base_dim": 32, "decoder_base_dim": 48})
+FRAMES, HEIGHT, WIDTH = 9, 96, 160
+UMT5 = UMT5Config(vocab_size=4096, dim=512, dim_attn=512, dim_ffn=1280, num_heads=8, num_layers=4, embedding_space="bench")
+PROMPT_TOKENS = 20
+DIT = DiTConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=6, text_dim=512)
+GRID = (3, 20, 20)  # latents; 300 tokens
+
+
+def run(name: str, ours: Callable[[], torch.Tensor], theirs: Callable[[], torch.Tensor], pairs: int) -> Comparison:
+    return compare(name, ours, theirs, pairs, difference(ours(), theirs()))
+
+
+def vae() -> Iterator[Comparison]:
+    video = torch.rand(1, 3, FRAMES, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    for name, config in (("Wan2.1", VAE21), ("Wan2.2", VAE22)):
+        ours, theirs = vae_pair(config)
+        latents = ours.encode(video)
+        clip = f"width {config.base_dim} / {config.decoder_base_dim}, {FRAMES} x {HEIGHT} x {WIDTH}"
+        yield run(f"{name} encode, {clip}", partial(ours.encode, video), partial(reference_latents, theirs, video), 5)
+        yield run(f"{name} decode, {clip}", partial(ours.decode, latents), partial(reference_video, theirs, latents), 5)
+
+
+def text() -> Iterator[Comparison]:
+    ours, theirs = text_pair(UMT5)
+    ids = torch.randint(0, UMT5.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(2))
+    padding = torch.zeros(1, UMT5.max_tokens - PROMPT_TOKENS, dtype=torch.long)
+    wide, mask = torch.cat([ids, padding], 1), torch.cat([torch.ones_like(ids), padding], 1)
+    yield run(
+        f"{PROMPT_TOKENS} tokens; the reference padded to {UMT5.max_tokens} and cut, as Wan's pipelines do",
+        lambda: ours(ids),
+        lambda: theirs(input_ids=wide, attention_mask=mask).last_hidden_state[:, :PROMPT_TOKENS],
+        15,
+    )
+    yield run(f"{PROMPT_TOKENS} tokens, both at true length", lambda: ours(ids), lambda: theirs(input_ids=ids).last_hidden_state, 30)
+
+
+def backbone() -> Iterator[Comparison]:
+    ours, theirs = backbone_pair(DIT)
+    generator = torch.Generator().manual_seed(3)
+    latents, prompt = torch.randn(1, DIT.in_dim, *GRID, generator=generator), torch.randn(PROMPT_TOKENS, DIT.text_dim, generator=generator)
+    timestep, context, rows = torch.tensor([637.0]), ours.encode_context([prompt]), padded(prompt, DIT.text_len)
+
+    def reference() -> torch.Tensor:
+        return theirs(hidden_states=latents, timestep=timestep, encoder_hidden_states=rows, return_dict=False)[0]
+
+    yield run(
+        "one step of a sampling loop: ours with the context it encoded before", lambda: ours(latents, timestep, context), reference, 11
+    )
+    yield run("one step alone: ours encodes the context too", lambda: ours(latents, timestep, ours.encode_context([prompt])), reference, 11)
+
+
+def fresh(ours: str, theirs: str, pairs: int = 5) -> Comparison:
+    """Two lines of Python, each in new processes."""
+
+    def process(line: str) -> Callable[[], Any]:
+        return lambda: subprocess.run([sys.executable, "-c", line], check=True, capture_output=True)
+
+    return compare(f"`{ours}` / `{theirs}`", process(ours), process(theirs), pairs)
+
+
+def imports() -> Iterator[Comparison]:
+    yield fresh("import wan_dit", "import diffusers")
+    yield fresh("from wan_dit import Pipeline", "from diffusers import WanPipeline", 3)
+    yield fresh("from wan_vae import WanVAE", "from diffusers import AutoencoderKLWan", 3)
+    yield fresh("from wan_text.umt5 import UMT5Encoder", "from transformers import UMT5EncoderModel", 3)
+
+
+def listing() -> Iterator[Comparison]:
+    plugins = "import sys; from wan_dit.cli import main; code = main(['plugins']); assert 'torch' not in sys.modules; sys.exit(code)"
+    yield compare(
+        "`wan-dit plugins`, no torch imported / Python that does nothing",
+        lambda: subprocess.run([sys.executable, "-c", plugins], check=True, capture_output=True),
+        lambda: subprocess.run([sys.executable, "-c", "pass"], check=True, capture_output=True),
+        9,
+    )
+
+
+SECTIONS = (
+    ("Video VAE", "against diffusers' AutoencoderKLWan; normalised latents in and out", vae),
+    ("Text encoder", f"against transformers' UMT5EncoderModel; width {UMT5.dim}, {UMT5.num_layers} layers, one prompt", text),
+    ("Backbone", f"against diffusers' WanTransformer3DModel; width {DIT.dim}, {DIT.num_layers} layers, 300 tokens, one sample", backbone),
+    ("Imports", "wall time of fresh processes, Python's own start included", imports),
+    ("Listing plugins", "wall time of fresh processes; the reference here is the floor", listing),
+)
+
+
+def main(target: Path) -> None:
+    torch.set_num_threads(1)
+    parts = [header("Benchmarks", "benchmarks", SUMMARY), machine(torch.get_num_threads())]
+    with torch.no_grad():
+        for title, what, measure in SECTIONS:
+            rows = []
+            for comparison in measure():
+                rows.append(comparison.row())
+                sys.stderr.write(f"{title}: {' | '.join(rows[-1])}\n")
+            parts.append(f"## {title}\n\n{what[0].upper()}{what[1:]}.\n\n{table(COLUMNS, rows)}")
+    target.write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Heun's method as a scheduler for wan-dit."""

@@ -1,0 +1,167 @@
+"""Every task of the repository as a nox session: `python -m nox -l` lists them.
+
+Sessions that need torch share one environment, `.venv`, which each completes with what it needs: the demo's environment
+is the one to work in, and the tests add to it instead of installing torch again. An unchanged environment is not touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests"]
+
+ROOT = Path(__file__).parent
+PACKAGES = ["wan-vae", "wan-text", "wan-dit", "wan-train"]
+SOURCES = {name: ROOT / "packages" / name / "src" / name.replace("-", "_") for name in PACKAGES}
+SHARED_SOURCE, SHARED_COPIES = "wan-vae", ["wan-text", "wan-dit"]
+
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+CONSTRAINTS = ROOT / "constraints.txt"
+BUILD = ["hatchling", "editables"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "build", "diffusers", "transformers", "scikit-image", "scikit-video"]
+LINT = ["ruff"]
+TYPES = ["mypy", "types-tqdm"]
+DOCS = ["mkdocs-material", "mkdocstrings-python"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # processes, not threads, fill the cores
+
+
+@nox.session(venv_backend="none")
+def dev(session: nox.Session) -> None:
+    """Make .venv with the four packages, editable, and everything to test, lint and type-check them."""
+    environment(session, *TEST, *LINT, *TYPES)
+    session.log(f"activate it: {'.venv/Scripts/activate' if os.name == 'nt' else 'source .venv/bin/activate'}")
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """Generate a video with the built-in tiny model into outputs/; a prompt may follow `--`."""
+    environment(session)
+    prompt = session.posargs or ["a red circle moves left"]
+    (ROOT / "outputs").mkdir(exist_ok=True)
+    session.run(str(BIN / "wan-dit"), "generate", *prompt, "--output", "outputs", external=True)
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """All tests but the slow ones; pytest arguments may follow `--`."""
+    pytest(session, "-m", "not slow")
+
+
+@nox.session(venv_backend="none")
+def tests_all(session: nox.Session) -> None:
+    """All tests, the slow ones too."""
+    pytest(session)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff, its formatter, and the identity of the `_shared` folders."""
+    install(session, *LINT)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    if different := differing_shared_files():
+        session.error(f"_shared differs from {SHARED_SOURCE}'s, run `nox -s shared`: {', '.join(different)}")
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """mypy, strict, over the four packages."""
+    environment(session, *TYPES)
+    session.run(str(BIN / "mypy"), *(str(SOURCES[name].parent) for name in PACKAGES), external=True)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site/; `-- serve` shows it while you write."""
+    install(session, *DOCS)
+    session.run("mkdocs", *(session.posargs or ["build", "--strict"]))
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """Measure against diffusers and transformers, and write docs/benchmarks.md and docs/parity.md; `-- parity` does one."""
+    environment(session, *TEST)
+    for script in session.posargs or ["parity", "benchmarks"]:
+        session.run(str(BIN / "python"), f"bench/{script}.py", f"docs/{script}.md", env=ONE_THREAD, external=True)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Wheels and sdists of the four packages into dist/."""
+    install(session, "build", *BUILD)
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    for name in PACKAGES:
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", "dist", f"packages/{name}")
+
+
+@nox.session(venv_backend="none")
+def shared(session: nox.Session) -> None:
+    """Copy wan-vae's `_shared` over those of wan-text and wan-dit."""
+    for name in SHARED_COPIES:
+        shutil.rmtree(SOURCES[name] / "_shared", ignore_errors=True)
+        shutil.copytree(SOURCES[SHARED_SOURCE] / "_shared", SOURCES[name] / "_shared", ignore=shutil.ignore_patterns("__pycache__"))
+        session.log(f"copied _shared to {name}")
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    environment(session, *TEST)
+    session.run(
+        str(BIN / "python"), "-m", "pytest", "-n", "2", "--dist", "loadgroup", *arguments, *session.posargs, env=ONE_THREAD, external=True
+    )  # fmt: skip
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    session.install("-c", str(CONSTRAINTS), *requirements)
+
+
+def environment(session: nox.Session, *requirements: str) -> None:
+    """Complete .venv with torch, the four packages (editable) and `requirements`; nothing to do where a stamp says so.
+
+    WAN_TORCH_INDEX: package index that torch itself is taken from, such as one with builds for a given accelerator.
+    """
+    index = os.environ.get("WAN_TORCH_INDEX", "")
+    state = hashlib.sha256(f"{sys.version} {index} {VENV} {sorted(requirements)}".encode())
+    for file in (CONSTRAINTS, *(ROOT / "packages" / name / "pyproject.toml" for name in PACKAGES)):
+        state.update(file.read_bytes())
+    stamp = VENV / "installed" / state.hexdigest()
+    if stamp.exists() and (BIN / "wan-dit").exists():
+        return
+    if not (BIN / "python").exists():
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", str(VENV), external=True)
+    if index:
+        pip_install(session, "--no-deps", "--index-url", index, "torch")
+    pip_install(session, "torch", *BUILD)
+    editable = [argument for name in PACKAGES for argument in ("-e", f"packages/{name}")]
+    pip_install(session, "--no-build-isolation", *editable, *requirements)
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.touch()
+
+
+def pip_install(session: nox.Session, *arguments: str) -> None:
+    session.run(str(BIN / "python"), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), *arguments, external=True)
+
+
+def differing_shared_files() -> list[str]:
+    """Files of the `_shared` folders that are missing, left over or different from the source's."""
+
+    def contents(name: str) -> dict[str, bytes]:
+        folder = SOURCES[name] / "_shared"
+        return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.suffix == ".py"}
+
+    source = contents(SHARED_SOURCE)
+    return [
+        f"{name}:{file}"
+        for name in SHARED_COPIES
+        for copy in [contents(name)]
+        for file in sorted(source.keys() | copy.keys())
+        if source.get(file) != copy.get(file)
+    ]

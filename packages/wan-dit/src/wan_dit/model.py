@@ -1,0 +1,213 @@
+"""The Wan diffusion transformer: text (and latents a task concatenates) to velocity.
+
+Wan report (arXiv 2503.20314), section 4.2; official `wan/modules/model.py` of Wan2.1 and Wan2.2, whose tensors it reads.
+Sigma 1 is noise and the model predicts velocity = noise - data; timesteps are 1000 * sigma. Weights may be bf16: the
+fp32 islands of `layers.py` stay fp32, the residual stream among them, and the velocity is always fp32.
+
+Shape suffixes: B batch, L tokens, M context rows, D width, P rotary pairs, R timesteps (one a sample, or one a latent frame).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ._shared.weights import Pretrained, State, locate
+from .attention import CrossAttention, SelfAttention, pad_bias
+from .checkpoint import HUB_FILES, names, read_checkpoint
+from .config import DiTConfig
+from .contracts import Conditioning, Context
+from .layers import Fp32LayerNorm, Fp32Linear, PatchEmbedding, computes_in_fp32, gated_add, modulated_norm, time_sinusoid
+from .plugins import BackboneSpec
+from .rope import rope_table
+
+Grid = tuple[int, int, int]
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and a feed-forward layer; time shifts, scales and gates the first and the last."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim, heads, eps = config.dim, config.num_heads, config.eps
+        self.eps = eps
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
+        self.self_attn = SelfAttention(dim, heads, config.qk_norm, eps)
+        self.norm3 = Fp32LayerNorm(dim, eps) if config.cross_attn_norm else nn.Identity()
+        self.cross_attn = CrossAttention(dim, heads, config.qk_norm, eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim))
+
+    def forward(
+        self, x_BLD: Tensor, rope_LP: Tensor, modulation_R6D: Tensor, rows_BL: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        dtype = self.self_attn.q.weight.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation_R6D).unbind(1)
+        h_BLD = modulated_norm(x_BLD, shift1, scale1, rows_BL, self.eps)
+        x_BLD = gated_add(x_BLD, self.self_attn(h_BLD.to(dtype), rope_LP), gate1, rows_BL)
+        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD).to(dtype), key, value, bias)
+        h_BLD = modulated_norm(x_BLD, shift2, scale2, rows_BL, self.eps)
+        return gated_add(x_BLD, self.ffn(h_BLD.to(dtype)), gate2, rows_BL)
+
+
+class Trunk(nn.Module):
+    """All blocks, and everything that has a token axis: parallelism from outside splits it here."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+
+    def forward(self, x_BLD: Tensor, rope_LP: Tensor, modulation_R6D: Tensor, rows_BL: Tensor, context: Context) -> Tensor:
+        """`rows` is the timestep row of each token, `[B, L]`, or of each sample, `[B, 1]`."""
+        for block, key, value in zip(self.blocks, context.keys, context.values, strict=True):
+            x_BLD = block(x_BLD, rope_LP, modulation_R6D, rows_BL, key, value, context.bias)
+        return x_BLD
+
+
+class Head(nn.Module):
+    """Modulated norm and projection to velocity patches, in fp32."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.patch_size, self.eps = config.patch_size, config.eps
+        p, q, r = config.patch_size
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+        self.proj = Fp32Linear(config.dim, config.out_dim * p * q * r)
+
+    def forward(self, x_BLD: Tensor, time_RD: Tensor, rows_BL: Tensor, grid: Grid) -> Tensor:
+        shift_RD, scale_RD = (self.modulation.float() + time_RD[:, None]).unbind(1)
+        patches = self.proj(modulated_norm(x_BLD, shift_RD, scale_RD, rows_BL, self.eps))
+        (f, h, w), (p, q, r) = grid, self.patch_size
+        return rearrange(patches, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
+
+
+class WanDiT(Pretrained):
+    """The backbone of Wan2.1 and Wan2.2 text to video.
+
+    A new instance has torch's default weights, good for nothing but shapes: `from_pretrained` loads weights and
+    `init_weights` draws those that training starts from.
+
+    Example:
+        >>> model = WanDiT(TINY)
+        >>> context = model.encode_context([torch.randn(5, 96)])
+        >>> model(torch.randn(1, 8, 5, 8, 8), torch.tensor([999.0]), context).shape
+        torch.Size([1, 8, 5, 8, 8])
+    """
+
+    format = "wan-dit/1"
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(config.in_dim, dim, config.patch_size)
+        self.context_embedder = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Fp32Linear(config.freq_dim, dim), nn.SiLU(), Fp32Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Fp32Linear(dim, 6 * dim))
+        self.trunk = Trunk(config)
+        self.head = Head(config)
+
+    @property
+    def spec(self) -> BackboneSpec:
+        return self.config.spec()
+
+    def encode_context(self, text: list[Tensor], conditioning: Conditioning | None = None) -> Context:
+        """Project prompts and compute the keys and values of every block's cross-attention, once for all steps.
+
+        text: one `[L_i, text_dim]` a sample, without pad rows; gradients flow into it
+        Raises ValueError where a prompt is longer than `text_len` or of another width.
+        """
+        config, weight = self.config, self.patch_embedding.weight
+        for tokens in text:
+            if tokens.ndim != 2 or len(tokens) > config.text_len or tokens.shape[1] != config.text_dim:
+                raise ValueError(
+                    f"context is {tuple(tokens.shape)}, expected [L, {config.text_dim}] with L <= {config.text_len}: "
+                    f"encode the prompt with a text encoder of embedding space '{config.embedding_space}', cut to {config.text_len} tokens"
+                )
+        lengths = [len(tokens) for tokens in text]
+        # log(n / m) in bf16 would be off by up to 1.6 %: there all pad rows are kept and no bias is needed
+        rows = min(max(lengths) + 1, config.text_len) if computes_in_fp32(weight) else config.text_len
+        padded = torch.stack([F.pad(tokens.to(weight), (0, 0, 0, rows - len(tokens))) for tokens in text])
+        context_BMD = self.context_embedder(padded)
+        layers: list[Any] = [block.cross_attn for block in self.trunk.blocks]
+        keys, values = zip(*(layer.keys_values(context_BMD) for layer in layers), strict=True)
+        return Context(keys, values, pad_bias(lengths, rows, config.text_len, weight.device))
+
+    def forward(self, latents: Tensor, timestep: Tensor, context: Context, conditioning: Conditioning | None = None) -> Tensor:
+        """Velocity `[B, out_dim, T', H', W']` in fp32.
+
+        latents: `[B, C, T', H', W']`, H' and W' multiples of the patch
+        timestep: 0..1000, `[B]`, or `[B, T']` where every latent frame has its own; never bf16
+        context: from `encode_context`, of the same batch size
+        """
+        if conditioning is not None and conditioning.extra_latents is not None:
+            latents = torch.cat([latents, conditioning.extra_latents.to(latents.dtype)], dim=1)
+        grid = self.grid(latents)
+        x_BLD = self.patch_embedding(latents).float()
+        time_RD, rows_BL = self.embed_time(timestep, grid)
+        modulation_R6D = self.time_projection(time_RD).unflatten(-1, (6, -1))
+        x_BLD = self.trunk(x_BLD, rope_table(grid, self.config.head_dim, x_BLD.device), modulation_R6D, rows_BL, context)
+        return self.head(x_BLD, time_RD, rows_BL, grid)
+
+    def grid(self, latents: Tensor) -> Grid:
+        """Tokens along (frames, height, width)."""
+        (t, h, w), (p, q, r) = latents.shape[2:], self.config.patch_size
+        return t // p, h // q, w // r
+
+    def embed_time(self, timestep: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Embedded times `[R, D]` and the row of each sample `[B, 1]` or token `[B, L]`.
+
+        The time MLP runs once per given time, never per token.
+        """
+        if timestep.ndim == 2:
+            timestep = timestep[:, :: self.config.patch_size[0]]
+        rows = torch.arange(timestep.numel(), device=timestep.device).view(len(timestep), -1)
+        if timestep.ndim == 2:
+            rows = rows.repeat_interleave(grid[1] * grid[2], dim=1)
+        return self.time_embedding(time_sinusoid(timestep.flatten(), self.config.freq_dim)), rows
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weights that training starts from, as the official code does.
+
+        Linear layers and patches Xavier uniform without bias, text and time embeddings N(0, 0.02), modulation
+        N(0, 1/dim), norms one, head zero: a new model predicts velocity 0. The constructor does not call it.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | PatchEmbedding):
+                nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, Block | Head):
+                nn.init.normal_(module.modulation, std=self.config.dim**-0.5, generator=generator)
+        for layer in (*self.context_embedder, *self.time_embedding):
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02, generator=generator)
+        self.head.proj.weight.zero_()
+
+    def reinitialised(self, **architecture: Any) -> Self:
+        """A new model with this one's config, the fields in `architecture` changed, and the weights of `init_weights`."""
+        model = super().reinitialised(**architecture)
+        model.init_weights()
+        return model
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], *, dtype: Any = None, device: Any = None) -> Self:
+        """Load a folder, a file or a Hub id in any layout of `checkpoint.py`; of a Hub repository only the transformer is fetched.
+
+        dtype None is fp32 on a CPU and the checkpoint's own on a GPU (bf16 where that is fp32); device None is the CPU.
+        """
+        return super().from_pretrained(locate(source, HUB_FILES), dtype=dtype, device=device)
+
+    @classmethod
+    def read_checkpoint(cls, path: Path) -> tuple[DiTConfig, State]:
+        return read_checkpoint(path)
+
+    @classmethod
+    def official_names(cls, config: DiTConfig) -> dict[str, str]:
+        return names(config, "official")

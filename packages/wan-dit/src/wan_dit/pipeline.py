@@ -1,0 +1,266 @@
+"""From a prompt to a video: encode, denoise, decode. One pipeline for every model, made of parts that are found by name.
+
+The pipeline owns shift, guidance, noise and the precision of the sample (float32); parts are read on first use.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from . import compat, manifest
+from .context_files import ContextFiles
+from .events import Decoding, Done, Encoding, Event, Loading, Step
+from .guidance import guided_velocity
+from .listing import origin
+from .plugins import PluginManager, VideoModelSpec, find, plugin_manager
+from .request import Request, make_request, unknown_words
+from .schedulers.diffusers import as_scheduler
+
+if TYPE_CHECKING:
+    from .contracts import Schedule
+
+KINDS = {"backbone": "wan_backbones", "vae": "wan_vaes", "text_encoder": "wan_text_encoders", "scheduler": "wan_schedulers"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PHASES = ("load", "text", "denoise", "decode")
+Timings = dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A generated video.
+
+    video: `[1, 3, T, H, W]` float32 in [-1, 1] on the CPU
+    timings: seconds for load, text, denoise and decode
+    manifest: the fields of `wan_dit.manifest.Manifest`
+    """
+
+    video: Tensor = field(repr=False)
+    fps: int
+    seed: int
+    timings: Timings
+    manifest: dict[str, Any] = field(repr=False)
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write FILE.mp4 and beside it a contact sheet (.png) and the run manifest (.json); returns the three paths."""
+        from . import media
+
+        began, path = time.perf_counter(), Path(path)
+        media.require_writable(path)
+        files = [media.write_video(self.video, path, self.fps), media.contact_sheet(self.video, path.with_suffix(".png"))]
+        self.timings["write"] = time.perf_counter() - began
+        record = manifest.Manifest(**{**self.manifest, "timings": self.timings})
+        return [*files, manifest.write(record, path.with_suffix(".json"))]
+
+
+class Pipeline:
+    """A model ready to be prompted.
+
+    Example: `Pipeline("tiny")("a red circle moves left", seed=1).save("circle.mp4")`.
+    """
+
+    def __init__(
+        self,
+        model: str | VideoModelSpec = "tiny",
+        *,
+        vae: Any = None,
+        text_encoder: Any = None,
+        backbone: Any = None,
+        scheduler: Any = None,
+        context: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        pm: PluginManager | None = None,
+    ) -> None:
+        """Find the parts and check that they fit; no weights are read yet.
+
+        vae, text_encoder, backbone, scheduler: in place of the model's own: a path, name, Hub id or import string, a
+        spec, or a loaded object with a `spec`, used where and as it is; a diffusers scheduler is taken too
+        context: a folder of encoded prompts, in place of a text encoder
+        dtype: of all weights: `"fp32"`, `"bf16"`, `"fp16"` or torch's; None is fp32 on a CPU, the checkpoint's own on a GPU
+        device: None is the CPU
+        Raises LookupError for names that are not installed, ValueError for parts that do not fit together.
+        """
+        if context is not None and text_encoder is not None:
+            raise ValueError("give a text encoder or a context folder, not both")
+        self.pm = pm or plugin_manager()
+        self.model: VideoModelSpec = find("wan_models", model, self.pm) if isinstance(model, str) else model
+        self.context = None if context is None else str(context)
+        self.device, self.dtype = _device(device), _dtype(dtype)
+        self.specs: dict[str, Any] = {}
+        self._loaded: dict[str, Any] = {}
+        self._contexts: dict[str, Tensor] = {}
+        self._weights: dict[str, str | None] = {}
+        text = text_encoder if context is None else ContextFiles(context)
+        for part, ref in {"backbone": backbone, "vae": vae, "text_encoder": text, "scheduler": scheduler}.items():
+            self._add(part, ref)
+        compat.check(self.specs["backbone"], self.specs["vae"], self.specs["text_encoder"], pm=self.pm)
+
+    @classmethod
+    def from_pretrained(cls, model: str | VideoModelSpec = "tiny", **parts: Any) -> Self:
+        """`Pipeline(model, ...)` under the name that is usual for models."""
+        return cls(model, **parts)
+
+    def __call__(self, prompt: str, *, on_event: Callable[[Event], None] | None = None, **settings: Any) -> Result:
+        """Generate one video; `settings` are those of `stream`, and `on_event` is called with each of its events."""
+        for event in self.stream(prompt, **settings):
+            if on_event:
+                on_event(event)
+            if isinstance(event, Done):
+                return event.result
+        raise RuntimeError("the stream ended without a result")
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        steps: int | None = None,
+        shift: float | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Iterator[Event]:
+        """The events of one generation, `Done` with the result at the end. Settings that are None are the model's own.
+
+        guidance: classifier-free guidance scale; 1 runs the backbone once a step and needs no negative prompt
+        seed: the noise is drawn on the CPU, so that a seed means the same on every device
+        frames: 1 + k * temporal stride of the VAE; size: (width, height) in pixels
+        Raises ValueError at once, with the nearest valid value, before anything is loaded.
+        """
+        settings = {"negative_prompt": negative_prompt, "steps": steps, "shift": shift, "guidance": guidance, "frames": frames, "size": size}
+        request = make_request(self.model, self.specs["backbone"], self.specs["text_encoder"], prompt, seed=seed, **settings)
+        if hint := unknown_words(self.model, prompt):
+            warnings.warn(hint, UserWarning, stacklevel=2)
+        return self._run(request)
+
+    @torch.no_grad()
+    def _run(self, request: Request) -> Generator[Event, None, None]:
+        timings = dict.fromkeys(PHASES, 0.0)
+        if missing := tuple(prompt for prompt in request.prompts if prompt not in self._contexts):
+            yield from self._load("text_encoder", timings)
+            yield Encoding(missing)
+            with self._timed(timings, "text"):
+                # One prompt at a time: its context must not depend on what else is encoded with it.
+                fresh = {prompt: self._loaded["text_encoder"].encode([prompt])[0] for prompt in missing}
+                self._contexts = {prompt: fresh.get(prompt, self._contexts.get(prompt)) for prompt in request.prompts}
+        yield from self._load("backbone", timings)
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        latents, schedule = yield from self._denoise(request, generator, timings)
+        yield from self._load("vae", timings)
+        yield Decoding(request.frames)
+        with self._timed(timings, "decode"):
+            video = self._decode(latents, request, generator)
+        yield Done(Result(video, self.model.fps, request.seed, timings, self._manifest(request, video, schedule, timings)))
+
+    def _denoise(
+        self, request: Request, generator: torch.Generator, timings: Timings
+    ) -> Generator[Event, None, tuple[Tensor, Schedule]]:
+        backbone, scheduler = self._loaded["backbone"], self._loaded["scheduler"]
+        dtype = _dtype_of(backbone)
+        with self._timed(timings, "denoise"):
+            contexts = [backbone.encode_context([self._contexts[prompt].to(self.device, dtype)]) for prompt in request.prompts]
+            context, negative_context = contexts[0], contexts[1] if request.guided else None
+            schedule: Schedule = scheduler.schedule(request.steps, request.shift)
+            state = scheduler.start(schedule)
+            latents = torch.randn(request.latent_shape(self.specs["backbone"]), generator=generator).to(self.device)
+        count = len(schedule.timesteps)
+        for i in range(count):
+            before = timings["denoise"]
+            with self._timed(timings, "denoise"):
+                timestep = schedule.timesteps[i].to(self.device, torch.float32).reshape(1)
+                velocity = guided_velocity(backbone, latents.to(dtype), timestep, context, negative_context, request.guidance)
+                latents = scheduler.step(state, velocity.float(), latents, generator)
+            yield Step(i + 1, count, timings["denoise"] - before, float(schedule.sigmas[i + 1]))
+        return latents, schedule
+
+    def _decode(self, latents: Tensor, request: Request, generator: torch.Generator) -> Tensor:
+        vae = self._loaded["vae"]
+        video: Tensor = vae.decode(latents.to(_dtype_of(vae)), generator=generator).float().cpu()
+        expected = [1, 3, request.frames, request.size[1], request.size[0]]
+        if list(video.shape) != expected:
+            name = self.specs["vae"].name
+            raise ValueError(f"vae '{name}' decoded {list(latents.shape)} to {list(video.shape)}, its spec promises {expected}")
+        return video
+
+    def _manifest(self, request: Request, video: Tensor, schedule: Schedule, timings: Timings) -> dict[str, Any]:
+        record = manifest.Manifest(
+            prompt=request.prompt, negative_prompt=request.negative_prompt,
+            model=self._part("wan_models", self.model), context=self.context,
+            parts={part: self._part(kind, self.specs[part], self._fingerprint(part)) for part, kind in KINDS.items()},
+            steps=request.steps, shift=request.shift, guidance=request.guidance, seed=request.seed, noise_device="cpu",
+            device=str(self.device), dtype=str(self.dtype).removeprefix("torch.") if self.dtype else None,
+            frames=request.frames, size=request.size, fps=self.model.fps, sigmas=manifest.tensor_sha256(schedule.sigmas),
+            versions=manifest.versions(), timings=timings, frames_sha256=manifest.frames_sha256(video),
+        )  # fmt: skip
+        return record.model_dump(mode="json")
+
+    def _part(self, kind: str, spec: Any, weights: str | None = None) -> manifest.Part:
+        dist, version = origin(kind, spec, self.pm)
+        return manifest.Part(name=spec.name, dist=dist, version=version, weights=weights)
+
+    def _fingerprint(self, part: str) -> str | None:
+        """Of the weights as loaded; read once, since a large model takes seconds."""
+        if part not in self._weights:
+            loaded = self._loaded[part]
+            self._weights[part] = loaded.fingerprint() if hasattr(loaded, "fingerprint") else None
+        return self._weights[part]
+
+    def _add(self, part: str, ref: Any) -> None:
+        """Note the spec of a part; a loaded object is kept beside the spec it carries."""
+        if ref is None:
+            ref = find(KINDS[part], getattr(self.model, part), self.pm, typed=False)
+        elif isinstance(ref, str):
+            ref = find(KINDS[part], ref, self.pm)
+        is_spec = hasattr(ref, "load") and hasattr(ref, "name")
+        self.specs[part] = ref if is_spec else getattr(ref, "spec", None) or SimpleNamespace(name=type(ref).__name__)
+        if part == "scheduler":  # has no weights, so what is wrong with it is said at once
+            self._loaded[part] = as_scheduler(ref.load() if is_spec else ref)
+        elif not is_spec:
+            self._loaded[part] = ref
+
+    def _load(self, part: str, timings: Timings) -> Iterator[Event]:
+        if part in self._loaded:
+            return
+        spec = self.specs[part]
+        yield Loading(part, spec.name)
+        with self._timed(timings, "load"):
+            self._loaded[part] = spec.load(dtype=self.dtype, device=self.device)
+
+    @contextmanager
+    def _timed(self, timings: Timings, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        timings[phase] += time.perf_counter() - began
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.empty(0, device=device or "cpu").device
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by the way it was built
+        raise ValueError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}")
+    return DTYPES[dtype] if isinstance(dtype, str) else dtype
+
+
+def _dtype_of(part: Any) -> torch.dtype:
+    """The type of a part's weights; float32 where it has none."""
+    parameters = part.parameters() if isinstance(part, torch.nn.Module) else ()
+    return next((value.dtype for value in parameters if value.is_floating_point()), torch.float32)

@@ -1,0 +1,1 @@
+"""A VAE and a text encoder of another author, for the tests."""

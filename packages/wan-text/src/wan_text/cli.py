@@ -1,0 +1,181 @@
+"""The command `wan-text`: encode, tokenize, list, info. Help and listing import no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from ._shared.cli import add_common, run, show
+from ._shared.discover import discover, resolve
+from .plugins import TextEncoderSpec, find_text_encoder, plugin_manager
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DEFAULT = "tiny"
+FACTS = ("name", "embedding_space", "embed_dim", "max_tokens", "weights", "summary")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code (0, 2 for bad input, 1 for anything unexpected, 130 on Ctrl-C)."""
+    return run(lambda args: args.command(args), _parser(), argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wan-text",
+        description="Prompts to context tokens.",
+        epilog="example: wan-text encode 'a red circle moves left' '' -o contexts",
+    )
+    parser.add_argument("--version", action="version", version=f"wan-text {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    encode = _command(commands, "encode", _encode, "prompts to a folder of context files", "wan-text encode prompts.txt -o contexts")
+    _add_prompts(encode)
+    encode.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder; prompts that are in it already are skipped")
+    encode.add_argument("--dtype", choices=DTYPES, help="type to compute and store (default: fp32; on a GPU the checkpoint's own)")
+    encode.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+
+    text = "the tokens of prompts, and what would be cut off"
+    tokenize = _command(commands, "tokenize", _tokenize, text, "wan-text tokenize 'a red circle' --json", listing=True)
+    _add_prompts(tokenize)
+
+    _command(commands, "list", _list, "the installed text encoders", "wan-text list --json", listing=True)
+
+    text = "facts of a text encoder or a context folder"
+    info = _command(commands, "info", _info, text, "wan-text info umt5-xxl", listing=True)
+    info.add_argument("name", help="a context folder, or name, file, folder, Hub id or module:attr of a text encoder")
+    return parser
+
+
+def _command(commands: Any, name: str, run_it: Any, text: str, example: str, *, listing: bool = False) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=f"{text.capitalize()}.", epilog=f"example: {example}"
+    )
+    parser.set_defaults(command=run_it)
+    add_common(parser, listing=listing)
+    return parser
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="prompts ('' is the empty one), or .txt files with one a line")
+    parser.add_argument("--text-encoder", metavar="NAME", help="name, file, folder, Hub id or module:attr (default: the built-in tiny)")
+
+
+def _encode(args: argparse.Namespace) -> None:
+    prompts, folder = _prompts(args.prompts), _output(args.output)
+
+    from tqdm import tqdm
+
+    from .cache import read_facts, write_contexts
+
+    spec = _recorded(read_facts(folder)) if not args.text_encoder else find_text_encoder(args.text_encoder)
+    encoder = _load(spec, args)
+    with tqdm(total=len(set(prompts)), unit=" prompts", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        done = write_contexts(encoder, prompts, folder, name=spec.name, progress=bar.update)
+    print(f"{folder}: {done.encoded} encoded, {done.present} already there, text encoder '{spec.name}'")
+
+
+def _tokenize(args: argparse.Namespace) -> None:
+    spec = find_text_encoder(args.text_encoder or DEFAULT)
+    if spec.target == "wan_text.encoder:TextEncoder" and spec.weights:
+        from .checkpoint import load_tokenizer
+
+        tokenizer: Any = load_tokenizer(spec.weights)
+    else:
+        tokenizer = spec.load()
+    prompts = _prompts(args.prompts)
+    rows = []
+    for prompt, tokens in zip(prompts, tokenizer.tokenize(prompts), strict=True):
+        pieces = tokenizer.pieces(tokens.ids) if hasattr(tokenizer, "pieces") else []
+        facts = {"tokens": tokens.count, "limit": spec.max_tokens, "truncated": tokens.truncated}
+        rows.append({"prompt": prompt, **facts, "ids": list(tokens.ids), "pieces": pieces})
+    if args.json:
+        return show(rows, as_json=True)
+    table = [{**row, "prompt": _short(row["prompt"]), "pieces": " ".join(row["pieces"])} for row in rows]
+    show([{key: value for key, value in row.items() if key != "ids"} for row in table], as_json=False)
+
+
+def _list(args: argparse.Namespace) -> None:
+    rows = []
+    for offer in discover("wan_text_encoders", pm := plugin_manager()):
+        row = {"name": offer.name, "distribution": offer.dist, "version": offer.version}
+        facts = _facts(offer.spec) if offer.spec else dict.fromkeys(FACTS, "")
+        rows.append({**row, **{key: value for key, value in facts.items() if key != "name"}, "status": str(offer.error or "ok")})
+    for dist, error in pm.broken.items():
+        blank = dict.fromkeys(rows[0] if rows else (), "")
+        rows.append({**blank, "distribution": dist, "version": pm.versions.get(dist, ""), "status": f"{type(error).__name__}: {error}"})
+    show(rows, as_json=args.json, empty="no text encoder is installed")
+
+
+def _info(args: argparse.Namespace) -> None:
+    if (Path(args.name) / "encoder.json").is_file():
+        from .cache import read_facts, read_index
+
+        folder = Path(args.name)
+        facts = {"kind": "contexts", **(read_facts(folder) or {}), "prompts": len(read_index(folder))}
+    else:
+        facts = {"kind": "text encoder", **_facts(find_text_encoder(args.name))}
+    show([facts] if args.json else [{"field": key, "value": value} for key, value in facts.items()], as_json=args.json)
+
+
+def _facts(spec: TextEncoderSpec) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in FACTS} | {"weights": spec.weights or "none"}
+
+
+def _prompts(given: Sequence[str]) -> list[str]:
+    """The prompts themselves, and the non-empty lines of .txt files."""
+    prompts: list[str] = []
+    for text in given:
+        if not text.lower().endswith(".txt"):
+            prompts.append(text)
+            continue
+        try:
+            prompts += [line for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"'{text}' is not UTF-8 text: {error}") from error
+    if not prompts:
+        raise ValueError(f"no prompt in {', '.join(given)}: expected one a line")
+    return prompts
+
+
+def _output(text: str) -> Path:
+    """The output folder, found to be writable before an encoder is loaded, or fetched; nothing is created yet."""
+    folder = Path(text)
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"cannot write to '{text}': '{existing}' is a file")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"cannot write to '{text}': no permission for '{existing}'")
+    return folder
+
+
+def _recorded(facts: dict[str, Any] | None) -> TextEncoderSpec:
+    """The encoder that a context folder was begun with, or the default one for a new folder."""
+    if facts is None:
+        return find_text_encoder(DEFAULT)
+    try:
+        spec: TextEncoderSpec = resolve("wan_text_encoders", str(facts.get("name")), plugin_manager(), typed=False)
+        return spec
+    except LookupError as error:
+        raise LookupError(f"{error}; name the folder's encoder with --text-encoder") from error
+
+
+def _load(spec: TextEncoderSpec, args: argparse.Namespace) -> Any:
+    import torch
+
+    from ._shared.weights import best_device
+
+    try:
+        device = torch.device(args.device or best_device())
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"no device '{args.device}' on this machine (the best there is: {best_device()})") from error
+    return spec.load(dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else None, device=device)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,27 @@
+"""Checkpoints of a run: weights, averaged weights, optimiser, random state and step in one file, replaced atomically."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` so that a kill at any moment leaves the previous file or the new one, never a part of it."""
+    scratch = path.with_suffix(".partial")
+    with scratch.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; FileNotFoundError says where it was looked for."""
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at '{path}': start the run without --resume")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state

@@ -1,0 +1,65 @@
+"""The command wan-train."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from wan_dit._shared.cli import add_common, run, show
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser("wan-train", description="Train and evaluate Wan video models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser("run", help="run a recipe", description="Run a recipe, e.g. wan-train run tiny-vae steps=100 optimiser.lr=1e-3")
+    train.add_argument("recipe", help="a .toml file, or the name of a recipe in the package")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to change, with dotted names")
+    train.add_argument("--resume", action="store_true", help="take up the run in the recipe's output folder")
+    add_common(train)
+    train.set_defaults(do=_run)
+    evaluate = commands.add_parser(
+        "evaluate", help="generate clips of the shapes prompts and read colour, shape, motion and background from their pixels"
+    )
+    evaluate.add_argument("--model", default="tiny", help="name of the model (default: tiny)")
+    evaluate.add_argument("--prompts", type=int, default=200, help="number of prompts, half of them held-out combinations (default: 200)")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the first clip (default: 0)")
+    add_common(evaluate, listing=True)
+    evaluate.set_defaults(do=_evaluate)
+    listing = commands.add_parser("list", help="list recipes, objectives and data sets")
+    add_common(listing, listing=True)
+    listing.set_defaults(do=_list)
+    return run(lambda args: args.do(args), parser, argv)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from .config import TrainConfig
+
+    config = TrainConfig.from_toml(args.recipe, args.overrides)
+    from .trainer import Trainer
+
+    folder = Trainer(config).run(resume=args.resume, progress=sys.stderr.isatty())
+    print(f"trained parts: {folder}\nlog: {config.output / 'log.jsonl'}\npreviews: {config.output / 'previews'}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from .evaluation.generated import evaluate_model
+
+    show(evaluate_model(args.model, args.prompts, args.seed), as_json=args.json)
+
+
+def _list(args: argparse.Namespace) -> None:
+    from importlib.resources import files
+
+    from .plugins import discover, plugin_manager
+
+    pm = plugin_manager()
+    rows = [
+        {"kind": kind.removeprefix("wan_"), "name": offer.name, "from": offer.dist, "summary": getattr(offer.spec, "summary", str(offer.error))}
+        for kind in ("wan_objectives", "wan_datasets")
+        for offer in discover(kind, pm)
+    ]
+    recipes = sorted(file.name.removesuffix(".toml") for file in (files("wan_train") / "recipes").iterdir() if file.name.endswith(".toml"))
+    rows += [{"kind": "recipes", "name": name, "from": "wan-train", "summary": ""} for name in recipes]
+    show(rows, as_json=args.json)

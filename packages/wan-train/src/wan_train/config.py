@@ -1,0 +1,110 @@
+"""The configuration of a run: one frozen pydantic model, TOML in, dotted overrides on the command line."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PartConfig(_Section):
+    """A plugin by name (or import string) and the settings handed to it."""
+
+    name: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class OptimiserConfig(_Section):
+    """AdamW on everything, or Muon on the matrices an objective marks for it and AdamW on the rest.
+
+    lr, muon_lr: peak rates
+    schedule: `constant`, or `cosine` from `hold` (a share of the run) down to `final` (a share of the peak)
+    warmup: steps of linear warm-up
+    clip: largest gradient norm, 0 for none
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(1e-4, gt=0)
+    muon_lr: float = Field(0.02, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(1e-3, ge=0)  # report, section 4.2
+    schedule: Literal["constant", "cosine"] = "constant"
+    hold: float = Field(0.0, ge=0, lt=1)
+    final: float = Field(0.05, ge=0, le=1)
+    warmup: int = Field(0, ge=0)
+    clip: float = Field(1.0, ge=0)
+
+
+class TrainConfig(_Section):
+    """One run.
+
+    steps, batch_size: optimiser steps and samples in each
+    precision: `fp32`, or `bf16` autocast over fp32 weights
+    ema: decay of the averaged weights that are previewed and exported, 0 for none
+    output: folder of logs, previews, checkpoints and the exported parts
+    log_every, preview_every, save_every: in steps, 0 for never
+    threads: CPU threads, 0 for torch's own choice
+    """
+
+    name: str
+    objective: PartConfig
+    data: PartConfig
+    optimiser: OptimiserConfig = OptimiserConfig()
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema: float = Field(0.0, ge=0, lt=1)
+    output: Path
+    log_every: int = Field(20, ge=0)
+    preview_every: int = Field(500, ge=0)
+    save_every: int = Field(500, ge=0)
+    threads: int = Field(0, ge=0)
+    device: str = "cpu"
+
+    @classmethod
+    def from_toml(cls, recipe: str | Path, overrides: list[str] | None = None) -> TrainConfig:
+        """Read a recipe: a file, or the name of one in the package (`tiny-vae`, `tiny-t2v`).
+
+        overrides: `dotted.key=value` with TOML values, such as `optimiser.lr=1e-3`; a bare word is a string.
+        Raises ValueError that names the field, what it got and what is right.
+        """
+        path = Path(recipe)
+        if not path.exists():
+            path = Path(str(files("wan_train") / "recipes" / f"{recipe}.toml"))
+        if not path.exists():
+            known = ", ".join(sorted(file.stem for file in path.parent.glob("*.toml")))
+            raise FileNotFoundError(f"no recipe '{recipe}': give a .toml file or one of {known}")
+        try:
+            values = tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"'{path}' is not TOML: {error}") from error
+        for override in overrides or []:
+            _override(values, override)
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+            raise ValueError(f"'{path}': {'; '.join(lines)}") from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override '{override}' must read dotted.key=value, such as optimiser.lr=1e-3")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"override '{override}': '{parent}' is a value, not a section")
+    try:
+        values[leaf] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[leaf] = text

@@ -1,0 +1,1 @@
+"""Data sets: moving shapes rendered on the fly, with captions."""

@@ -1,0 +1,152 @@
+"""Rectified flow (report, section 4.2.1): the velocity of the straight path from data to noise, timesteps logit-normal and shifted."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from wan_dit.compat import check
+from wan_dit.guidance import guided_velocity
+
+from ..parts import fresh
+from ..plugins import find
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from ..contracts import Dataset
+
+
+class FlowSettings(BaseModel):
+    """backbone, text_encoder, vae, scheduler: parts by name; the VAE is frozen and its latents are cached.
+
+    init: `random` or `pretrained`, for the backbone and a trained text encoder; architecture: fields of the backbone's config
+    train_text_encoder: trains it together with the backbone; otherwise it is frozen and its output cached
+    clips: clips encoded once, 0 for the whole data set
+    shift, logit_mean, logit_std: sigma = shifted sigmoid of a normal draw
+    text_drop: share of samples that are trained on the empty prompt, for classifier-free guidance
+    preview_*: how previews and validation figures are sampled
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    backbone: str = "tiny"
+    text_encoder: str = "tiny"
+    vae: str = "tiny"
+    scheduler: str = "unipc"
+    init: str = "random"
+    architecture: dict[str, Any] = {}
+    text_architecture: dict[str, Any] = {}
+    train_text_encoder: bool = False
+    clips: int = 0
+    shift: float = 3.0
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    text_drop: float = 0.1
+    preview_prompts: int = 60
+    preview_steps: int = 15
+    preview_guidance: float = 2.0
+
+
+class RectifiedFlow:
+    """Trains a backbone, and a text encoder with it where asked; see `wan_train.contracts.Objective`."""
+
+    def __init__(self, settings: dict[str, Any], dataset: Dataset, folder: Path, device: str, pm: pluggy.PluginManager) -> None:
+        self.settings = s = FlowSettings(**settings)
+        self.dataset, self.folder, self.device = dataset, folder, device
+        specs = {kind: find(f"wan_{kind}s", name, pm) for kind, name in (("backbone", s.backbone), ("vae", s.vae), ("text_encoder", s.text_encoder))}
+        if not s.architecture and not s.text_architecture:
+            check(specs["backbone"], specs["vae"], specs["text_encoder"], pm=pm)
+        self.vae = specs["vae"].load(device=device)
+        self.backbone = fresh(specs["backbone"], s.init, s.architecture, device)
+        self.scheduler = find("wan_schedulers", s.scheduler, pm).load()
+        self.modules: dict[str, nn.Module] = {"backbone": self.backbone}
+        if s.train_text_encoder:
+            self.text_encoder = fresh(specs["text_encoder"], s.init, s.text_architecture, device)
+            self.modules["text_encoder"] = self.text_encoder
+        else:
+            self.text_encoder = specs["text_encoder"].load(device=device)
+        self._cached: dict[str, Tensor] = {}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Muon may train the matrices of the blocks only: it spoils the small ones of a text encoder (docs/tiny-models.md)."""
+        named = list(self.backbone.named_parameters())
+        matrices = [param for name, param in named if ".blocks." in f".{name}" and param.ndim == 2]
+        chosen = {id(param) for param in matrices}
+        rest = [param for _, param in named if id(param) not in chosen]
+        text = list(self.text_encoder.parameters()) if self.settings.train_text_encoder else []
+        return [{"params": matrices, "muon": True}, {"params": rest + text}]
+
+    def prepare(self) -> None:
+        """Encode the clips once; the cache is keyed by the VAE's weights and the data set."""
+        count = self.settings.clips or len(self.dataset)
+        key = hashlib.sha256(f"{self.vae.fingerprint()} {self.dataset.key()} {count}".encode()).hexdigest()[:16]
+        path = self.folder / "cache" / f"latents-{key}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with torch.no_grad():
+                latents = [self.vae.encode(self.dataset.video([i]).to(self.device)).cpu() for i in tqdm(range(count), desc="latents", disable=None)]
+            save_file({"latents": torch.cat(latents)}, path.with_suffix(".partial"))
+            path.with_suffix(".partial").rename(path)
+        self.latents = load_file(path)["latents"]
+        self.captions = [self.dataset.captions(index) for index in range(count)]
+
+    def loss(self, batch_size: int, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
+        picks = torch.randint(len(self.latents), (batch_size,), generator=generator).tolist()
+        draws, drops = torch.rand(batch_size, generator=generator).tolist(), torch.rand(batch_size, generator=generator).tolist()
+        prompts = [
+            "" if drop < self.settings.text_drop else self.captions[pick][int(draw * len(self.captions[pick]))]
+            for pick, draw, drop in zip(picks, draws, drops, strict=True)
+        ]
+        clean = self.latents[picks].to(self.device)
+        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        sigma = self.sigmas(batch_size, generator).to(self.device)
+        share = sigma.view(-1, 1, 1, 1, 1)
+        velocity = self.backbone((1 - share) * clean + share * noise, 1000 * sigma, self.backbone.encode_context(self.embed(prompts)))
+        loss = (velocity.float() - (noise - clean)).square().mean()
+        return loss, {}
+
+    def sigmas(self, count: int, generator: torch.Generator) -> Tensor:
+        """Logit-normal draws, shifted: s u / (1 + (s - 1) u)."""
+        settings = self.settings
+        u = torch.sigmoid(settings.logit_mean + settings.logit_std * torch.randn(count, generator=generator))
+        return settings.shift * u / (1 + (settings.shift - 1) * u)
+
+    def embed(self, prompts: list[str]) -> list[Tensor]:
+        """Context tokens: with gradients where the encoder is trained, else each prompt encoded once."""
+        if self.settings.train_text_encoder:
+            return list(self.text_encoder.embed(prompts))
+        for prompt in set(prompts) - set(self._cached):
+            self._cached[prompt] = self.text_encoder.encode([prompt])[0]
+        return [self._cached[prompt] for prompt in prompts]
+
+    @torch.no_grad()
+    def preview(self, modules: dict[str, nn.Module]) -> tuple[Tensor, dict[str, float]]:
+        """Clips of the data set's evaluation prompts, and what its evaluator reads from them."""
+        prompts = self.dataset.evaluation_prompts(self.settings.preview_prompts)
+        text_encoder: Any = modules.get("text_encoder", self.text_encoder)
+        clips = torch.cat([self.sample(modules["backbone"], text_encoder, prompts[i : i + 20], seed=i) for i in range(0, len(prompts), 20)])
+        return clips[:12], {f"val_{name}": value for name, value in self.dataset.evaluate(clips, prompts).items()}
+
+    def sample(self, backbone: Any, text_encoder: Any, prompts: list[str], seed: int) -> Tensor:
+        """Clips `[N, 3, T, H, W]` of the prompts."""
+        settings = self.settings
+        context, negative = (backbone.encode_context(text_encoder.encode(texts)) for texts in (prompts, [""] * len(prompts)))
+        generator = torch.Generator().manual_seed(seed)
+        sample = torch.randn((len(prompts), *self.latents.shape[1:]), generator=generator).to(self.device)
+        schedule = self.scheduler.schedule(settings.preview_steps, settings.shift)
+        state = self.scheduler.start(schedule)
+        for t in schedule.timesteps:
+            timestep = t.float().repeat(len(prompts)).to(self.device)
+            sample = self.scheduler.step(state, guided_velocity(backbone, sample, timestep, context, negative, settings.preview_guidance), sample)
+        return self.vae.decode(sample).cpu()
+
+    def export(self, modules: dict[str, nn.Module], folder: str) -> None:
+        for name, module in modules.items():
+            part: Any = module
+            part.half().save_pretrained(Path(folder) / name)

@@ -1,0 +1,109 @@
+"""The VAE objective: reconstruction and KL (report, section 4.1.2: L1 and KL at 3 : 3e-6; no adversary, no perceptual term)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ..parts import fresh
+from ..plugins import find
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from ..contracts import Dataset
+
+
+class Phase(BaseModel):
+    """Until `until` (a share of the run): clips of `frames` frames, cropped to `size` pixels square, `batch` of them (0: the run's)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    until: float
+    frames: int
+    size: int
+    batch: int = 0
+
+
+class VAESettings(BaseModel):
+    """vae: the part by name; init: `random` or `pretrained`; architecture: fields of its config to change.
+
+    l1, l2, kl: weights of the loss
+    statistics: clips the latent mean and deviation are measured on, once, at the end
+    validation: clips of the validation set whose PSNR is logged
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    vae: str = "tiny"
+    init: str = "random"
+    architecture: dict[str, Any] = {}
+    phases: tuple[Phase, ...]
+    l1: float = 3.0
+    l2: float = 0.0
+    kl: float = 3e-6
+    statistics: int = 256
+    validation: int = 16
+
+
+class VAEObjective:
+    """Trains one VAE on crops of clips; see `wan_train.contracts.Objective`."""
+
+    def __init__(self, settings: dict[str, Any], dataset: Dataset, folder: Path, device: str, pm: pluggy.PluginManager) -> None:
+        self.settings = VAESettings(**settings)
+        self.dataset, self.device = dataset, device
+        self.vae = fresh(find("wan_vaes", self.settings.vae, pm), self.settings.init, self.settings.architecture, device)
+        self.modules: dict[str, nn.Module] = {"vae": self.vae}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Muon may train the convolutions inside the two halves; the first and the last of each stay with AdamW."""
+        named = list(self.vae.named_parameters())
+        inner = [param for name, param in named if (".levels." in name or ".middle." in name) and param.ndim > 3 and not name.endswith("gamma")]
+        chosen = {id(param) for param in inner}
+        return [{"params": inner, "muon": True}, {"params": [param for _, param in named if id(param) not in chosen]}]
+
+    def prepare(self) -> None:
+        """Nothing is encoded once: a VAE trains on pixels."""
+
+    def loss(self, batch_size: int, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
+        video = self.batch(batch_size, generator, progress).to(self.device)
+        settings = self.settings
+        output, mean, logvar = self.vae.reconstruct(video, generator)
+        difference = output.float() - video
+        l1, l2 = difference.abs().mean(), difference.square().mean()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean() if logvar is not None else mean.new_zeros(())
+        loss = settings.l1 * l1 + settings.l2 * l2 + settings.kl * kl
+        return loss, {"l1": l1.item(), "kl": kl.item(), "psnr": _psnr(l2).item()}
+
+    def batch(self, batch_size: int, generator: torch.Generator, progress: float) -> Tensor:
+        """Random crops in time and space of random clips, as the phase at `progress` says."""
+        phase = next(phase for phase in self.settings.phases if progress < phase.until or phase is self.settings.phases[-1])
+        indices = torch.randint(len(self.dataset), (phase.batch or batch_size,), generator=generator).tolist()
+        crops = []
+        for clip in self.dataset.video(indices):
+            spans = zip(clip.shape[1:], (phase.frames, phase.size, phase.size), strict=True)
+            t, y, x = (int(torch.randint(have - want + 1, (), generator=generator)) for have, want in spans)
+            crops.append(clip[:, t : t + phase.frames, y : y + phase.size, x : x + phase.size])
+        return torch.stack(crops)
+
+    @torch.no_grad()
+    def preview(self, modules: dict[str, nn.Module]) -> tuple[Tensor, dict[str, float]]:
+        """Validation clips above their reconstructions, and the mean PSNR in dB over whole clips."""
+        vae: Any = modules["vae"]
+        indices = list(range(len(self.dataset), len(self.dataset) + self.settings.validation))  # never drawn in training
+        video = self.dataset.video(indices)
+        output = torch.cat([vae.decode(vae.encode(clip[None].to(self.device))).cpu() for clip in video])
+        psnr = torch.stack([_psnr((a - b).square().mean()) for a, b in zip(output, video, strict=True)]).mean()
+        return torch.cat([video[:3], output[:3]]), {"val_psnr": psnr.item()}
+
+    def export(self, modules: dict[str, nn.Module], folder: str) -> None:
+        vae: Any = modules["vae"]
+        indices = range(self.settings.statistics)
+        vae.fit_normaliser(self.dataset.video([index]).to(self.device) for index in indices)
+        vae.half().save_pretrained(Path(folder) / "vae")
+
+
+def _psnr(mean_square: Tensor) -> Tensor:
+    return 10 * torch.log10(4 / mean_square)  # the peak of [-1, 1] is 2

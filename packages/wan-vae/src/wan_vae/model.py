@@ -1,0 +1,262 @@
+"""The Wan video VAE: Wan2.1, Wan2.2 and the built-in tiny one are one class (Wan report, section 4.1).
+
+Time is causal: the first frame is coded alone and every later group of frames from itself and the past, so that a video
+of any length passes through chunk by chunk with the same result as at once.
+Shapes: B batch, C channels, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ._shared.weights import Pretrained, State
+from .config import PRESETS, TINY, VAEConfig
+from .layers import CausalConv, Head, Middle, StreamState
+from .plugins import VAESpec
+from .resample import DownLevel, UpLevel
+
+
+class Encoder(nn.Module):
+    """Patches of video to the moments of the latents."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.base_dim * mult for mult in (1, *config.dim_mult)]
+        times = (*config.temporal_downsample, False)
+        last = len(times) - 1
+        self.conv_in = CausalConv(3 * config.patch_size**2, widths[0], (3, 3, 3))
+        self.levels = nn.ModuleList(
+            DownLevel(dim, out_dim, config.num_res_blocks, down=i < last, time=times[i], residual=config.residual)
+            for i, (dim, out_dim) in enumerate(pairwise(widths))
+        )
+        self.middle = Middle(widths[-1])
+        self.head = Head(widths[-1], 2 * config.z_dim)
+
+    def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
+        x_BCTHW = self.conv_in(x_BCTHW, state)
+        for level in self.levels:
+            x_BCTHW = level(x_BCTHW, state)
+        return self.head(self.middle(x_BCTHW, state), state)
+
+
+class Decoder(nn.Module):
+    """Latents to patches of video."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.decoder_base_dim * mult for mult in (config.dim_mult[-1], *reversed(config.dim_mult))]
+        times = (*reversed(config.temporal_downsample), False)
+        last = len(times) - 1
+        self.conv_in = CausalConv(config.z_dim, widths[0], (3, 3, 3))
+        self.middle = Middle(widths[0])
+        self.levels = nn.ModuleList(
+            UpLevel(
+                dim if config.residual or i == 0 else dim // 2,
+                out_dim,
+                config.num_res_blocks + 1,
+                up=i < last,
+                time=times[i],
+                residual=config.residual,
+            )
+            for i, (dim, out_dim) in enumerate(pairwise(widths))
+        )
+        self.head = Head(widths[-1], 3 * config.patch_size**2)
+
+    def forward(self, z_BCTHW: Tensor, state: StreamState) -> Tensor:
+        x_BCTHW = self.middle(self.conv_in(z_BCTHW, state), state)
+        for level in self.levels:
+            x_BCTHW = level(x_BCTHW, state)
+        return self.head(x_BCTHW, state)
+
+
+class WanVAE(Pretrained):
+    """A causal video VAE.
+
+    Video is `[B, 3, T, H, W]` in [-1, 1] with T = 1 + k * stride[0] and H, W multiples of stride[1]; latents are
+    `[B, z_dim, 1 + k, H / stride[1], W / stride[2]]`, normalised per channel. `encode`, `decode` and the streams run
+    without gradients in constant memory; `moments` and `reconstruct` are differentiable and take the clip whole.
+
+    Example: `vae = load_vae("tiny"); video = vae.decode(vae.encode(video))`
+    """
+
+    format = "wan-vae/1"
+
+    def __init__(self, config: VAEConfig = TINY) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = CausalConv(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
+        self.post_quant_conv = CausalConv(config.z_dim, config.z_dim, (1, 1, 1))
+        self.decoder = Decoder(config)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Video to normalised latents, the mean of the posterior. ValueError where T, H or W does not divide."""
+        self._check_video(video)
+        first, *rest = video.split([1, *[self.config.stride[0]] * (video.shape[2] // self.config.stride[0])], dim=2)
+        return torch.cat(list(self.encode_stream([first, *rest])), dim=2)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Normalised latents to video, clamped to [-1, 1]. The decoder draws no noise: `generator` is not used."""
+        self._check_latents(latents)
+        return torch.cat(list(self.decode_stream(latents.split(1, dim=2))), dim=2)
+
+    @torch.no_grad()
+    def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Chunks of frames to chunks of latents: the first has 1 frame (or 1 + k * stride[0]), every other k * stride[0].
+
+        The generator holds the state, so streams may be interleaved. ValueError for a chunk that breaks the rule.
+        """
+        state = StreamState()
+        for chunk in chunks:
+            self._check_video(chunk, started=state.started)
+            mean, _ = self._moments(chunk, state)
+            state.started = True
+            yield self._normalise(mean)
+
+    @torch.no_grad()
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Chunks of latents to chunks of frames: the first has 1 latent frame, every other one or more.
+
+        The generator holds the state, so streams may be interleaved.
+        """
+        state = StreamState()
+        for chunk in chunks:
+            self._check_latents(chunk)
+            video = self._render(self._denormalise(chunk), state)
+            state.started = True
+            yield video.clamp(-1, 1)
+
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents, before normalisation; differentiable."""
+        self._check_video(video)
+        return self._moments(video, StreamState(carry=False))
+
+    def reconstruct(self, video: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`(video, mean, logvar)`: the reconstruction, unclamped, and the moments; differentiable.
+
+        Decodes a sample of the posterior in training mode or where a generator is given, else its mean.
+        """
+        mean, logvar = self.moments(video)
+        latents = mean
+        if self.training or generator is not None:
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else mean.device)
+            latents = mean + noise.to(mean) * torch.exp(0.5 * logvar.clamp(-30, 20))
+        return self._render(latents, StreamState(carry=False)), mean, logvar
+
+    @torch.no_grad()
+    def fit_normaliser(self, batches: Iterable[Tensor]) -> None:
+        """Measure mean and standard deviation of the latents per channel over batches of video, and set them in `config`."""
+        count, total, square = 0, torch.zeros(self.config.z_dim, dtype=torch.float64), torch.zeros(self.config.z_dim, dtype=torch.float64)
+        for video in batches:
+            mean = self.moments(video)[0].transpose(0, 1).flatten(1).to("cpu", torch.float64)
+            count, total, square = count + mean.shape[1], total + mean.sum(1), square + mean.square().sum(1)
+        if count == 0:
+            raise ValueError("fit_normaliser needs at least one batch of video, got none")
+        center = total / count
+        deviation = (square / count - center.square()).clamp_min(1e-12).sqrt()
+        self.config = self.config.model_copy(update={"latents_mean": tuple(center.tolist()), "latents_std": tuple(deviation.tolist())})
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """All parameters by the parts that staged training freezes and trains."""
+        parts: dict[str, list[nn.Module]] = {
+            "encoder": [self.encoder.conv_in, self.encoder.levels, self.encoder.middle],
+            "encoder_head": [self.encoder.head, self.quant_conv],
+            "decoder_input": [self.post_quant_conv, self.decoder.conv_in],
+            "decoder": [self.decoder.middle, self.decoder.levels],
+            "decoder_head": [self.decoder.head],
+        }
+        return {name: [parameter for module in modules for parameter in module.parameters()] for name, modules in parts.items()}
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the last convolution, where losses are balanced by their gradients."""
+        return self.decoder.head.conv.weight
+
+    @property
+    def spec(self) -> VAESpec:
+        """What this instance is, as the record that plugins list."""
+        return spec_of(self.config)
+
+    @classmethod
+    def read_checkpoint(cls, path: Path) -> tuple[VAEConfig, State]:
+        from .checkpoint import read_checkpoint
+
+        return read_checkpoint(path)
+
+    @classmethod
+    def official_names(cls, config: VAEConfig) -> dict[str, str]:
+        from .names import official_names
+
+        return official_names(config)
+
+    def _moments(self, video: Tensor, state: StreamState) -> tuple[Tensor, Tensor]:
+        p = self.config.patch_size
+        patches = rearrange(video, "b c t (h q) (w r) -> b (c r q) t h w", q=p, r=p)
+        mean, logvar = self.quant_conv(self.encoder(patches, state), state).chunk(2, dim=1)
+        return mean, logvar
+
+    def _render(self, latents: Tensor, state: StreamState) -> Tensor:
+        p = self.config.patch_size
+        patches = self.decoder(self.post_quant_conv(latents, state), state)
+        return rearrange(patches, "b (c r q) t h w -> b c t (h q) (w r)", q=p, r=p)
+
+    def _normalise(self, mean: Tensor) -> Tensor:
+        if not self.config.latents_std:
+            return mean
+        center, deviation = _statistics(self.config, mean.device, mean.dtype)
+        return (mean - center) / deviation
+
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        if not self.config.latents_std:
+            return latents
+        center, deviation = _statistics(self.config, latents.device, latents.dtype)
+        return latents * deviation + center
+
+    def _check_video(self, video: Tensor, started: bool = False) -> None:
+        time, height, width = self.config.stride
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"video is {tuple(video.shape)}, expected [B, 3, T, H, W]")
+        frames = video.shape[2]
+        if started and (frames == 0 or frames % time):
+            raise ValueError(f"a later chunk has {frames} frames, expected a multiple of {time}")
+        if not started and frames % time != 1 % time:
+            below = max(1, (frames - 1) // time * time + 1)
+            raise ValueError(f"video has {frames} frames, expected 1 + {time}k: the nearest are {below} and {below + time}")
+        for axis, size, unit in (("height", video.shape[3], height), ("width", video.shape[4], width)):
+            if size == 0 or size % unit:
+                nearest = sorted({max(unit, size // unit * unit), (size // unit + 1) * unit})
+                raise ValueError(
+                    f"video {axis} is {size}, expected a multiple of {unit}: the nearest are {' and '.join(map(str, nearest))}"
+                )
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 5 or latents.shape[1] != self.config.z_dim or 0 in latents.shape:
+            raise ValueError(f"latents are {tuple(latents.shape)}, expected [B, {self.config.z_dim}, T, H, W]")
+
+
+def spec_of(config: VAEConfig) -> VAESpec:
+    """The spec of a VAE with this configuration, under the registered name of its latent space where there is one."""
+    return VAESpec(
+        name=next((name for name, preset in PRESETS.items() if preset.latent_space == config.latent_space), config.latent_space),
+        target="wan_vae.model:WanVAE",
+        latent_space=config.latent_space,
+        latent_channels=config.z_dim,
+        stride=config.stride,
+        format=WanVAE.format,
+        describe="wan_vae.checkpoint:describe",
+    )
+
+
+@lru_cache(maxsize=16)
+def _statistics(config: VAEConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    center = torch.tensor(config.latents_mean or (0.0,) * config.z_dim, device=device, dtype=dtype)
+    return center.view(1, -1, 1, 1, 1), torch.tensor(config.latents_std, device=device, dtype=dtype).view(1, -1, 1, 1, 1)

@@ -1,0 +1,143 @@
+"""Down- and upsampling between levels, and the parameter-free shortcuts of Wan2.2 (as in DC-AE).
+
+The first frame of a stream bypasses every temporal resampler and never enters the history of an upsampler.
+Shapes: B batch, C channels, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .layers import CausalConv, ResBlock, StreamState, convolve
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a strided convolution, and time (`time`) with a second one."""
+
+    def __init__(self, dim: int, time: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride=2)
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if time else None
+        if self.time_conv is not None:  # starts as taking every second frame
+            _dirac(self.time_conv, tap=1)
+
+    def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
+        padded_BCTHW = F.pad(x_BCTHW, (0, 1, 0, 1))  # the kernel reaches over the right and bottom edge only
+        x_BCTHW = F.conv3d(padded_BCTHW, self.conv.weight.unsqueeze(2), self.conv.bias, (1, 2, 2))
+        if self.time_conv is None:
+            return x_BCTHW
+        joined_BCTHW = state.join(self, x_BCTHW, 1)
+        if joined_BCTHW.shape[2] == 1:
+            return joined_BCTHW
+        down_BCTHW = convolve(joined_BCTHW, self.time_conv.weight, self.time_conv.bias, stride=2)
+        return down_BCTHW if state.started else torch.cat([x_BCTHW[:, :, :1], down_BCTHW], dim=2)
+
+
+class Upsample(nn.Module):
+    """Double time (`time`) with a convolution that makes two frames of one, then height and width."""
+
+    def __init__(self, dim: int, out_dim: int, time: bool) -> None:
+        super().__init__()
+        self.time_conv = CausalConv(dim, 2 * dim, (3, 1, 1)) if time else None
+        self.conv = nn.Conv2d(dim, out_dim, 3, padding=1)
+        if self.time_conv is not None:  # starts as repeating every frame
+            _dirac(self.time_conv, tap=2)
+
+    def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
+        if self.time_conv is not None:
+            x_BCTHW = self._double_time(self.time_conv, x_BCTHW, state)
+        x_BCTHW = F.interpolate(x_BCTHW, scale_factor=(1.0, 2.0, 2.0), mode="nearest-exact")
+        return convolve(x_BCTHW, self.conv.weight.unsqueeze(2), self.conv.bias)
+
+    def _double_time(self, time_conv: CausalConv, x_BCTHW: Tensor, state: StreamState) -> Tensor:
+        bypass = 0 if state.started else 1
+        first_BCTHW, rest_BCTHW = x_BCTHW[:, :, :bypass], x_BCTHW[:, :, bypass:]
+        if rest_BCTHW.shape[2] == 0:
+            return first_BCTHW
+        pairs_BCTHW = rearrange(time_conv(rest_BCTHW, state), "b (pair c) t h w -> b c (t pair) h w", pair=2)
+        return pairs_BCTHW if state.started else torch.cat([first_BCTHW, pairs_BCTHW], dim=2)
+
+
+def _dirac(conv: nn.Conv3d, tap: int) -> None:
+    """Make `conv` copy its input (once for each multiple of the width) through one temporal tap, and mute the others."""
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.weight[:, :, tap, 0, 0] = torch.eye(conv.in_channels).repeat(conv.out_channels // conv.in_channels, 1)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+
+
+class AverageDown(nn.Module):
+    """Shortcut of an encoder level: space and time to channels, then the mean over groups of neighbouring channels."""
+
+    def __init__(self, dim: int, out_dim: int, time: int, space: int) -> None:
+        super().__init__()
+        if dim * time * space**2 % out_dim:
+            raise ValueError(
+                f"a level of width {dim} -> {out_dim} cannot have a shortcut: {dim} * {time * space**2} does not divide by {out_dim}"
+            )
+        self.out_dim, self.time, self.space = out_dim, time, space
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        x_BCTHW = F.pad(x_BCTHW, (0, 0, 0, 0, -x_BCTHW.shape[2] % self.time, 0))
+        folded_BCTHW = rearrange(x_BCTHW, "b c (t ft) (h fh) (w fw) -> b (c ft fh fw) t h w", ft=self.time, fh=self.space, fw=self.space)
+        return folded_BCTHW.unflatten(1, (self.out_dim, -1)).mean(2)
+
+
+class RepeatUp(nn.Module):
+    """Shortcut of a decoder level: every channel repeated, then channels to space and time."""
+
+    def __init__(self, dim: int, out_dim: int, time: int, space: int) -> None:
+        super().__init__()
+        if out_dim * time * space**2 % dim:
+            raise ValueError(
+                f"a level of width {dim} -> {out_dim} cannot have a shortcut: {out_dim} * {time * space**2} does not divide by {dim}"
+            )
+        self.repeats, self.time, self.space = out_dim * time * space**2 // dim, time, space
+
+    def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
+        repeated_BCTHW = x_BCTHW.repeat_interleave(self.repeats, dim=1)
+        x_BCTHW = rearrange(repeated_BCTHW, "b (c ft fh fw) t h w -> b c (t ft) (h fh) (w fw)", ft=self.time, fh=self.space, fw=self.space)
+        return x_BCTHW if state.started else x_BCTHW[:, :, self.time - 1 :]
+
+
+class DownLevel(nn.Module):
+    """Residual blocks and, but for the last level, a downsampler; `residual` adds the shortcut around them all."""
+
+    def __init__(self, dim: int, out_dim: int, blocks: int, *, down: bool, time: bool, residual: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(dim if i == 0 else out_dim, out_dim) for i in range(blocks))
+        self.resample = Downsample(out_dim, time) if down else None
+        self.shortcut = AverageDown(dim, out_dim, 1 + time, 1 + down) if residual else None
+
+    def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
+        h_BCTHW = x_BCTHW
+        for block in self.blocks:
+            h_BCTHW = block(h_BCTHW, state)
+        if self.resample is not None:
+            h_BCTHW = self.resample(h_BCTHW, state)
+        return h_BCTHW if self.shortcut is None else h_BCTHW + self.shortcut(x_BCTHW)
+
+
+class UpLevel(nn.Module):
+    """Residual blocks and, but for the last level, an upsampler, with a shortcut around them in `residual` style.
+
+    Without shortcuts (Wan2.1) the upsampler halves the width.
+    """
+
+    def __init__(self, dim: int, out_dim: int, blocks: int, *, up: bool, time: bool, residual: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(dim if i == 0 else out_dim, out_dim) for i in range(blocks))
+        self.resample = Upsample(out_dim, out_dim if residual else out_dim // 2, time) if up else None
+        self.shortcut = RepeatUp(dim, out_dim, 1 + time, 2) if residual and up else None
+
+    def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
+        h_BCTHW = x_BCTHW
+        for block in self.blocks:
+            h_BCTHW = block(h_BCTHW, state)
+        if self.resample is not None:
+            h_BCTHW = self.resample(h_BCTHW, state)
+        return h_BCTHW if self.shortcut is None else h_BCTHW + self.shortcut(x_BCTHW, state)

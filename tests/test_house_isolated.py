@@ -1,0 +1,132 @@
+"""The wheels in environments of their own: each package alone, the four together, a third-party scheduler come and gone."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from isolated_environment import EXAMPLE, PACKAGES, Environment, build_wheels, metadata
+
+pytestmark = [pytest.mark.isolated, pytest.mark.xdist_group("isolated")]
+NEEDS = {"wan-vae": [], "wan-text": [], "wan-dit": [], "wan-train": ["wan-dit", "wan-vae"]}
+MODULES = {name: name.replace("-", "_") for name in PACKAGES}
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return build_wheels(tmp_path_factory.mktemp("wheels"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, wheels: dict[str, Path]) -> dict[str, Environment]:
+    """One environment for each package, with what it requires and no other of the four."""
+    return {name: Environment.create(tmp_path_factory.mktemp(name), wheels, name, *NEEDS[name]) for name in PACKAGES}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory, wheels: dict[str, Path]) -> Environment:
+    return Environment.create(tmp_path_factory.mktemp("together"), wheels, *PACKAGES)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_wheel_holds_the_package_and_no_tests(wheels: dict[str, Path], name: str) -> None:
+    with zipfile.ZipFile(wheels[name]) as archive:
+        files = archive.namelist()
+    module = MODULES[name]
+    assert {file.split("/")[0] for file in files} == {module, f"{module}-0.1.0.dist-info"}
+    assert f"{module}/py.typed" in files
+    assert any(file.endswith("licenses/LICENSE") for file in files)
+    assert not [file for file in files if "/tests/" in file or "test_" in file]
+    if name != "wan-train":
+        assert {f"{module}/weights/tiny/config.json", f"{module}/weights/tiny/model.safetensors"} <= set(files)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_metadata_asks_for_lower_bounds_and_no_torchvision(wheels: dict[str, Path], name: str) -> None:
+    fields = metadata(wheels[name])
+    required = fields["Requires-Dist"]
+    assert fields["License-Expression"] == ["Apache-2.0"]
+    assert fields["Requires-Python"] == [">=3.11"]
+    assert not [line for line in required if "==" in line.split(";")[0] or line.startswith(("torchvision", "diffusers", "transformers"))]
+    hard = {line.split(">")[0].split("[")[0] for line in required if "extra ==" not in line}
+    assert hard & set(PACKAGES) == set(NEEDS[name])
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_package_imports_alone_with_all_its_public_names(alone: dict[str, Environment], name: str) -> None:
+    others = [MODULES[other] for other in PACKAGES if other not in (name, *NEEDS[name])]
+    alone[name].run(
+        "python", "-c",
+        f"import {MODULES[name]} as package, importlib.util\n"
+        "[getattr(package, public) for public in package.__all__]\n"
+        f"assert [other for other in {others} if importlib.util.find_spec(other)] == []",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "listing"), [("wan-vae", "list"), ("wan-text", "list"), ("wan-dit", "plugins"), ("wan-train", "list")])
+def test_package_lists_its_parts_alone_as_command_and_as_module(alone: dict[str, Environment], name: str, listing: str) -> None:
+    command = json.loads(alone[name].run(name, listing, "--json").stdout)
+    assert command
+    assert json.loads(alone[name].run("python", "-m", MODULES[name], listing, "--json").stdout) == command
+
+
+def test_wan_vae_alone_is_a_codec_for_video_files(alone: dict[str, Environment], tmp_path: Path) -> None:
+    source, latents, target = (str(tmp_path / name) for name in ("in.mp4", "latents.safetensors", "out.mp4"))
+    write_clip(source, frames=9)
+    alone["wan-vae"].run("wan-vae", "encode", source, latents)
+    alone["wan-vae"].run("wan-vae", "decode", latents, target)
+    with av.open(target) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 9
+
+
+def test_wan_text_alone_reads_prompts(alone: dict[str, Environment], tmp_path: Path) -> None:
+    assert "circle" in alone["wan-text"].run("wan-text", "tokenize", "a red circle moves left").stdout
+    alone["wan-text"].run("wan-text", "encode", "a red circle moves left", "--output", str(tmp_path / "contexts"))
+    assert (tmp_path / "contexts" / "encoder.json").exists()
+
+
+def test_wan_dit_alone_says_what_to_install(alone: dict[str, Environment]) -> None:
+    failed = alone["wan-dit"].run("wan-dit", "generate", "a red circle moves left", code=2)
+    assert "pip install wan-vae" in failed.stderr or "pip install wan-text" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not list(alone["wan-dit"].folder.rglob("*.mp4"))
+
+
+def test_all_four_make_a_video_from_a_prompt(together: Environment, tmp_path: Path) -> None:
+    video = tmp_path / "video.mp4"
+    together.run("wan-dit", "generate", "a red circle moves left", "--steps", "2", "--output", str(video))
+    with av.open(str(video)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 17
+
+
+def test_third_party_scheduler_comes_is_used_and_goes(together: Environment, tmp_path: Path) -> None:
+    def schedulers() -> dict[str, str]:
+        rows = json.loads(together.run("wan-dit", "plugins", "--json").stdout)
+        return {row["name"]: row["dist"] for row in rows if row["kind"] == "wan_schedulers"}
+
+    assert "heun" not in schedulers()
+    together.install(EXAMPLE)
+    assert schedulers()["heun"] == EXAMPLE
+    video = tmp_path / "heun.mp4"
+    together.run("wan-dit", "generate", "a red circle moves left", "--scheduler", "heun", "--steps", "2", "--output", str(video))
+    assert video.stat().st_size > 0
+    together.uninstall(EXAMPLE)
+    assert "heun" not in schedulers()
+    failed = together.run("wan-dit", "generate", "a red circle", "--scheduler", "heun", "--output", str(tmp_path / "none.mp4"), code=2)
+    assert "no scheduler named 'heun'" in failed.stderr
+
+
+def write_clip(path: str, frames: int, size: int = 64) -> None:
+    """An mp4 of a grey ramp that moves."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
+        for shift in range(frames):
+            row = np.roll(np.linspace(0, 255, size, dtype=np.uint8), 4 * shift)
+            picture = np.repeat(np.tile(row, (size, 1))[:, :, None], 3, axis=2)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")))
+        container.mux(stream.encode())
