@@ -14,24 +14,13 @@ from wan_dit.model import WanDiT
 from wan_text.checkpoint import HF_FIELDS, hf_names
 from wan_text.config import UMT5Config
 from wan_text.umt5 import UMT5Encoder
-from wan_vae.checkpoint import DIFFUSERS_FIELDS as VAE_FIELDS
-from wan_vae.checkpoint import diffusers_names
+from wan_vae.checkpoint import diffusers_config
 from wan_vae.config import VAEConfig
 from wan_vae.model import WanVAE
+from wan_vae.names import diffusers_names
+from wan_vae.testing import randomise
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def draw(module: M, seed: int) -> M:
-    """Re-draw every parameter, so that none stays zero or one: a path through such a weight would go untested."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            fan = parameter[0].numel() if parameter.ndim > 1 else parameter.numel()
-            noise = torch.randn(parameter.shape, generator=generator)
-            near_one = parameter.numel() == max(parameter.shape) and bool((parameter == 1).all())
-            parameter.copy_(1 + 0.1 * noise if near_one else noise * (fan**-0.5 if parameter.ndim > 1 else 0.1))
-    return module.eval()
 
 
 def copy_weights(ours: nn.Module, theirs: M, names: Mapping[str, str], tied: Mapping[str, str] | None = None) -> M:
@@ -46,12 +35,9 @@ def vae_pair(config: VAEConfig, seed: int = 0) -> tuple[WanVAE, Any]:
     """Ours and diffusers' AutoencoderKLWan."""
     from diffusers import AutoencoderKLWan
 
-    ours = draw(WanVAE(config), seed)
-    written = config.model_dump(mode="json")
-    fields = {theirs: written[own] for own, (theirs, _) in VAE_FIELDS.items()}
-    channels = 3 * config.patch_size**2
-    fields |= {"in_channels": channels, "out_channels": channels, "patch_size": config.patch_size if config.patch_size > 1 else None}
-    return ours, copy_weights(ours, AutoencoderKLWan(**fields), diffusers_names(config))
+    ours = WanVAE(config).eval()
+    randomise(ours, seed)
+    return ours, copy_weights(ours, AutoencoderKLWan.from_config(diffusers_config(config)), diffusers_names(config))
 
 
 def text_pair(config: UMT5Config, seed: int = 0) -> tuple[UMT5Encoder, Any]:
@@ -71,21 +57,12 @@ def backbone_pair(config: DiTConfig, seed: int = 0) -> tuple[WanDiT, Any]:
     """Ours and diffusers' WanTransformer3DModel."""
     from diffusers import WanTransformer3DModel
 
-    ours = draw(WanDiT(config), seed)
+    ours = WanDiT(config).eval()
+    randomise(ours, seed)
     fields = {theirs: getattr(config, own) for own, theirs in DIT_FIELDS.items()}
     norm = "rms_norm_across_heads" if config.qk_norm else None
     theirs = WanTransformer3DModel(**fields, attention_head_dim=config.head_dim, qk_norm=norm)
     return ours, copy_weights(ours, theirs, dit_names(config, "diffusers"))
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest absolute difference over max(1, largest absolute reference)."""
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1))
-
-
-def relative_l2(ours: Tensor, theirs: Tensor) -> float:
-    """Norm of the difference over the norm of the reference."""
-    return float((ours - theirs).norm() / theirs.norm())
 
 
 def reference_latents(vae: Any, video: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-
 from wan_dit.context_files import ContextFiles
 from wan_dit.pipeline import Pipeline
 from wan_dit.plugins import find, plugin_manager
@@ -61,7 +60,7 @@ def test_a_missing_prompt_comes_with_the_line_that_adds_it(tmp_path: Path, conte
     with pytest.raises(LookupError) as error:
         pipe("it's blue", **SMALL)
     assert f"wan-text encode 'it'\"'\"'s blue' --output {folder}" in str(error.value)
-    with pytest.raises(LookupError, match="prompt '' is not in .*wan-text encode '' --output"):
+    with pytest.raises(LookupError, match=r"prompt '' is not in .*wan-text encode '' --output"):
         pipe(PROMPT, **SMALL)
     assert pipe(PROMPT, **SMALL, guidance=1).video.isfinite().all(), "without guidance the negative prompt is not needed"
 
@@ -75,7 +74,7 @@ def test_prompts_are_looked_up_by_their_raw_text(tmp_path: Path, contexts: dict[
 
 def test_contexts_of_another_space_are_refused_before_loading(tmp_path: Path, contexts: dict[str, torch.Tensor]) -> None:
     folder = write(tmp_path / "contexts", contexts, embedding_space="umt5-xxl")
-    with pytest.raises(ValueError, match="text encoder '.*contexts' does not fit backbone 'tiny': its embedding_space is umt5-xxl"):
+    with pytest.raises(ValueError, match=r"text encoder '.*contexts' does not fit backbone 'tiny': its embedding_space is umt5-xxl"):
         Pipeline("tiny", context=folder)
 
 
@@ -88,13 +87,13 @@ def test_a_truncated_prompt_is_warned_of(tmp_path: Path, contexts: dict[str, tor
 
 
 def test_what_is_no_context_folder_is_refused(tmp_path: Path, contexts: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(OSError, match="no context folder at '.*nowhere'"):
+    with pytest.raises(OSError, match=r"no context folder at '.*nowhere'"):
         ContextFiles(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="is not a context folder"):
         ContextFiles(tmp_path)
     folder = write(tmp_path / "contexts", contexts)
     (folder / "index.jsonl").write_text('{"sha256": "00"}\n')
-    with pytest.raises(ValueError, match="is not a context folder .*'key'"):
+    with pytest.raises(ValueError, match=r"is not a context folder .*'key'"):
         ContextFiles(folder)
     wrong = write(tmp_path / "wrong", {PROMPT: torch.zeros(3, 5)})
     with pytest.raises(ValueError, match=r"context is \(3, 5\), expected \[tokens, 96\]"):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from wan_dit import manifest
 from wan_dit.cli import main
 from wan_dit.manifest import Manifest
@@ -71,7 +70,11 @@ def test_a_replay_says_what_differs(saved: Path, capsys: pytest.CaptureFixture[s
     ("part", "name", "message"),
     [
         ("vae", "os:system", "'os:system' is an import string; those are taken only from the command line"),
-        ("text_encoder", "/models/mine", "the run used text encoder '/models/mine', which no package offers: give it again with --text-encoder"),
+        (
+            "text_encoder",
+            "/models/mine",
+            "the run used text encoder '/models/mine', which no package offers: give it again with --text-encoder",
+        ),
     ],
 )
 def test_a_manifest_names_installed_parts_only(saved: Path, capsys: pytest.CaptureFixture[str], part: str, name: str, message: str) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from wan_dit.media import contact_sheet, require_writable, to_frames, whole_file, write_video
 
 
@@ -84,9 +83,14 @@ def test_a_contact_sheet_of_a_long_large_video_stays_small(tmp_path: Path) -> No
 def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("before")
-    with pytest.raises(RuntimeError), whole_file(target) as scratch:
-        scratch.write_text("half")
-        raise RuntimeError
+
+    def fail() -> None:
+        with whole_file(target) as scratch:
+            scratch.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert target.read_text() == "before"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-
 from wan_dit.events import Decoding, Done, Encoding, Event, Loading, Step
 from wan_dit.pipeline import Pipeline, Result
 from wan_dit.plugins import find, plugin_manager
@@ -174,7 +173,9 @@ def test_a_vae_that_breaks_its_promise_is_named() -> None:
         def decode(self, latents: Tensor, *, generator: Any = None) -> Tensor:
             return latents[:, :3]
 
-    with pytest.raises(ValueError, match=r"vae 'wrong' decoded \[1, 8, 2, 2, 4\] to \[1, 3, 2, 2, 4\], its spec promises \[1, 3, 5, 16, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"vae 'wrong' decoded \[1, 8, 2, 2, 4\] to \[1, 3, 2, 2, 4\], its spec promises \[1, 3, 5, 16, 32\]"
+    ):
         Pipeline("tiny", vae=Wrong())(PROMPT, **SMALL)
 
 
@@ -185,7 +186,9 @@ def test_bfloat16_weights_change_the_video_a_little(pipe: Pipeline) -> None:
     assert 0 < (rough.video - exact).abs().mean() < 0.1
 
 
-@pytest.mark.parametrize(("options", "message"), [({"dtype": "fp4"}, "dtype 'fp4' is not one of fp32"), ({"device": "toaster"}, "device 'toaster'")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"dtype": "fp4"}, "dtype 'fp4' is not one of fp32"), ({"device": "toaster"}, "device 'toaster'")]
+)
 def test_unknown_dtypes_and_devices(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Pipeline("tiny", **options)
@@ -203,6 +206,6 @@ def test_another_authors_parts_are_used_by_name(acme: Any) -> None:
 def test_a_lookup_uses_the_manager_it_is_given() -> None:
     pm = plugin_manager()
     pm.unregister(name="wan-vae")
-    with pytest.raises(LookupError, match="no vae named 'tiny'.*pip install wan-vae"):
+    with pytest.raises(LookupError, match=r"no vae named 'tiny'.*pip install wan-vae"):
         Pipeline("tiny", pm=pm)
     Pipeline("tiny")

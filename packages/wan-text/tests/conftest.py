@@ -21,7 +21,7 @@ def spiece() -> bytes:
 @pytest.fixture(scope="session")
 def config() -> UMT5Config:
     sizes = {"vocab_size": 420, "dim": 24, "dim_attn": 32, "dim_ffn": 40, "num_heads": 4, "num_layers": 2}
-    return UMT5Config(**sizes, max_tokens=64, embedding_space="test-1")
+    return UMT5Config(**sizes, max_tokens=128, embedding_space="test-1")
 
 
 @pytest.fixture

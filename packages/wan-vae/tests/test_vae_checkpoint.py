@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
 from wan_vae.checkpoint import describe, diffusers_config, infer_config, save_diffusers, save_official
 from wan_vae.config import PRESETS, TINY, WAN21, WAN22, VAEConfig
 from wan_vae.model import WanVAE
@@ -22,7 +21,7 @@ FLAT = VAEConfig(
     num_res_blocks=2, latent_space="unnamed",
 )  # fmt: skip
 NESTED = VAEConfig(
-    base_dim=4, decoder_base_dim=8, z_dim=5, dim_mult=(2, 2, 4), temporal_downsample=(False, True),
+    base_dim=4, decoder_base_dim=8, z_dim=5, dim_mult=(2, 2, 2), temporal_downsample=(False, True),
     num_res_blocks=1, residual=True, patch_size=2, latent_space="unnamed",
 )  # fmt: skip
 
@@ -57,17 +56,47 @@ def test_names_are_bijections(name: str) -> None:
     [
         (WAN21, "quant_conv.weight", "conv1.weight", "quant_conv.weight"),
         (WAN21, "encoder.conv_in.weight", "encoder.conv1.weight", "encoder.conv_in.weight"),
-        (WAN21, "encoder.levels.1.blocks.0.shortcut.bias", "encoder.downsamples.3.shortcut.bias", "encoder.down_blocks.3.conv_shortcut.bias"),
+        (
+            WAN21,
+            "encoder.levels.1.blocks.0.shortcut.bias",
+            "encoder.downsamples.3.shortcut.bias",
+            "encoder.down_blocks.3.conv_shortcut.bias",
+        ),
         (WAN21, "encoder.levels.1.resample.time_conv.bias", "encoder.downsamples.5.time_conv.bias", "encoder.down_blocks.5.time_conv.bias"),
         (WAN21, "decoder.middle.attention.norm.gamma", "decoder.middle.1.norm.gamma", "decoder.mid_block.attentions.0.norm.gamma"),
-        (WAN21, "decoder.levels.2.resample.conv.weight", "decoder.upsamples.11.resample.1.weight", "decoder.up_blocks.2.upsamplers.0.resample.1.weight"),
-        (WAN21, "decoder.levels.3.blocks.2.norm2.gamma", "decoder.upsamples.14.residual.3.gamma", "decoder.up_blocks.3.resnets.2.norm2.gamma"),
-        (WAN22, "encoder.levels.2.resample.conv.bias", "encoder.downsamples.2.downsamples.2.resample.1.bias", "encoder.down_blocks.2.downsampler.resample.1.bias"),
-        (WAN22, "decoder.levels.0.blocks.1.conv2.bias", "decoder.upsamples.0.upsamples.1.residual.6.bias", "decoder.up_blocks.0.resnets.1.conv2.bias"),
-        (WAN22, "decoder.levels.1.resample.time_conv.bias", "decoder.upsamples.1.upsamples.3.time_conv.bias", "decoder.up_blocks.1.upsampler.time_conv.bias"),
+        (
+            WAN21,
+            "decoder.levels.2.resample.conv.weight",
+            "decoder.upsamples.11.resample.1.weight",
+            "decoder.up_blocks.2.upsamplers.0.resample.1.weight",
+        ),
+        (
+            WAN21,
+            "decoder.levels.3.blocks.2.norm2.gamma",
+            "decoder.upsamples.14.residual.3.gamma",
+            "decoder.up_blocks.3.resnets.2.norm2.gamma",
+        ),
+        (
+            WAN22,
+            "encoder.levels.2.resample.conv.bias",
+            "encoder.downsamples.2.downsamples.2.resample.1.bias",
+            "encoder.down_blocks.2.downsampler.resample.1.bias",
+        ),
+        (
+            WAN22,
+            "decoder.levels.0.blocks.1.conv2.bias",
+            "decoder.upsamples.0.upsamples.1.residual.6.bias",
+            "decoder.up_blocks.0.resnets.1.conv2.bias",
+        ),
+        (
+            WAN22,
+            "decoder.levels.1.resample.time_conv.bias",
+            "decoder.upsamples.1.upsamples.3.time_conv.bias",
+            "decoder.up_blocks.1.upsampler.time_conv.bias",
+        ),
         (WAN22, "decoder.head.norm.gamma", "decoder.head.0.gamma", "decoder.norm_out.gamma"),
     ],
-)  # fmt: skip
+)
 def test_names_of_the_published_models(config: VAEConfig, own: str, theirs: str, diffusers: str) -> None:
     assert official_names(config)[own] == theirs
     assert diffusers_names(config)[own] == diffusers

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-
 from wan_vae.checkpoint import diffusers_config, save_diffusers
 from wan_vae.config import VAEConfig
 from wan_vae.layers import StreamState

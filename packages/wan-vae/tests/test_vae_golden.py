@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
 from wan_vae.layers import CausalConv, StreamState
 from wan_vae.model import WanVAE
 from wan_vae.resample import Upsample

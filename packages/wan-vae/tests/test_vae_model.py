@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
 from wan_vae.config import PRESETS, TINY, VAEConfig
 from wan_vae.model import WanVAE
 from wan_vae.testing import difference, randomise
@@ -19,9 +20,16 @@ FLAT = VAEConfig(
 STYLES = {"flat": FLAT, "residual": FLAT.model_copy(update={"residual": True, "patch_size": 2})}
 
 
+@lru_cache
+def _weights(style: str) -> dict[str, Tensor]:
+    vae = WanVAE(STYLES[style])
+    randomise(vae)
+    return vae.state_dict()
+
+
 def small(style: str = "residual") -> WanVAE:
     vae = WanVAE(STYLES[style]).eval()
-    randomise(vae)
+    vae.load_state_dict(_weights(style))
     vae.config = vae.config.model_copy(update={"latents_mean": (0.3, -0.2, 0.0, 1.0), "latents_std": (2.0, 0.5, 1.0, 3.0)})
     return vae
 
@@ -49,15 +57,17 @@ def test_spec_of_the_presets(name: str, space: str, channels: int, stride: tuple
     assert (spec.name, spec.latent_space, spec.latent_channels, spec.stride) == (name, space, channels, stride)
 
 
-@settings(max_examples=20, deadline=None)
-@given(style=st.sampled_from(list(STYLES)), sizes=st.lists(st.integers(1, 3), max_size=4))
+@settings(max_examples=12, deadline=None)
+@given(style=st.sampled_from(list(STYLES)), sizes=st.lists(st.integers(1, 3), max_size=3))
 def test_any_chunks_after_the_first_frame_equal_the_whole_clip(style: str, sizes: list[int]) -> None:
     vae = small(style).double()  # so that rounding does not hide a wrong frame
     video = clip(vae, 1 + 4 * sum(sizes)).double()
     with torch.no_grad():
         mean = vae.moments(video)[0]
         output = vae.reconstruct(video)[0].clamp(-1, 1)
-    center, deviation = (torch.tensor(values).double().view(-1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    center, deviation = (
+        torch.tensor(values, dtype=video.dtype).view(-1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
     whole = (mean - center) / deviation
     chunks = list(vae.encode_stream(video.split([1, *(4 * size for size in sizes)], dim=2)))
     assert [chunk.shape[2] for chunk in chunks] == [1, *sizes]

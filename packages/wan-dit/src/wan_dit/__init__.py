@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from .config import DiTConfig as DiTConfig
     from .model import WanDiT as WanDiT
     from .pipeline import Pipeline as Pipeline
-    from .plugins import BackboneSpec as BackboneSpec, SchedulerSpec as SchedulerSpec, VideoModelSpec as VideoModelSpec, hookimpl as hookimpl, load_backbone as load_backbone
+    from .plugins import BackboneSpec as BackboneSpec
+    from .plugins import SchedulerSpec as SchedulerSpec
+    from .plugins import VideoModelSpec as VideoModelSpec
+    from .plugins import hookimpl as hookimpl
+    from .plugins import load_backbone as load_backbone
 
 _EXPORTS = {
     "BackboneSpec": "wan_dit.plugins",
@@ -23,7 +27,7 @@ _EXPORTS = {
     "DiTConfig": "wan_dit.config",
     "Pipeline": "wan_dit.pipeline",
 }
-__all__ = list(_EXPORTS)  # noqa: PLE0605 (the table is the one list of names)
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

@@ -112,7 +112,7 @@ def _report(pipe: Pipeline, result: Result, files: list[Path]) -> None:
     facts = (f"video: {frames} frames of {width}x{height}, {result.fps} a second", "contact sheet of the frames", "run manifest")
     longest = max(len(str(file)) for file in files)
     for file, fact in zip(files, facts, strict=True):
-        print(f"{str(file):{longest}}  {fact}")
+        print(f"{file!s:{longest}}  {fact}")
     print("took: " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in result.timings.items()))
     again = "a blue star moves up on a white background" if pipe.model.extra.get("words") else result.manifest["prompt"]
     model = "" if pipe.model.name == "tiny" else f" --model {pipe.model.name}"

@@ -27,7 +27,9 @@ def check(backbone: Any, vae: Any, text: Any, *, pm: pluggy.PluginManager | None
     """
     for kind, part in (("wan_vaes", vae), ("wan_text_encoders", text)):
         if problem := mismatch(kind, part, backbone):
-            raise ValueError(f"{label(kind)} '{part.name}' does not fit backbone '{backbone.name}': {problem}; {_advice(kind, backbone, pm)}")
+            raise ValueError(
+                f"{label(kind)} '{part.name}' does not fit backbone '{backbone.name}': {problem}; {_advice(kind, backbone, pm)}"
+            )
 
 
 def mismatch(kind: str, part: Any, backbone: Any) -> str:

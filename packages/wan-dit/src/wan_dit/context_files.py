@@ -56,7 +56,9 @@ class ContextFiles:
             add = f"wan-text encode {shlex.quote(prompt)} --output {shlex.quote(str(self.folder))}"
             raise LookupError(f"prompt '{_short(prompt)}' is not in context folder '{self.folder}'; add it: {add}")
         if truncated:
-            warnings.warn(f"prompt '{_short(prompt)}' was cut to {self.spec.max_tokens} tokens when it was encoded", UserWarning, stacklevel=2)
+            warnings.warn(
+                f"prompt '{_short(prompt)}' was cut to {self.spec.max_tokens} tokens when it was encoded", UserWarning, stacklevel=2
+            )
         file = self.folder / f"{key}.safetensors"
         context = load_file(file)["context"]
         if context.ndim != 2 or context.shape[1] != self.spec.embed_dim:

@@ -53,7 +53,12 @@ def is_fault(row: dict[str, str]) -> bool:
 def describe(offer: Offer) -> dict[str, Any]:
     """Every field of a part, with its kind and origin, ready for JSON."""
     fields = asdict(offer.spec) if is_dataclass(offer.spec) and not isinstance(offer.spec, type) else vars(offer.spec)
-    return {"kind": offer.kind, "distribution": offer.dist, "version": offer.version, **{key: _plain(value) for key, value in fields.items()}}
+    return {
+        "kind": offer.kind,
+        "distribution": offer.dist,
+        "version": offer.version,
+        **{key: _plain(value) for key, value in fields.items()},
+    }
 
 
 def origin(kind: str, spec: Any, pm: PluginManager) -> tuple[str | None, str | None]:

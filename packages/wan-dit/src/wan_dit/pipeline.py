@@ -139,8 +139,10 @@ class Pipeline:
         frames: 1 + k * temporal stride of the VAE; size: (width, height) in pixels
         Raises ValueError at once, with the nearest valid value, before anything is loaded.
         """
-        settings = {"negative_prompt": negative_prompt, "steps": steps, "shift": shift, "guidance": guidance, "frames": frames, "size": size}
-        request = make_request(self.model, self.specs["backbone"], self.specs["text_encoder"], prompt, seed=seed, **settings)
+        request = make_request(
+            self.model, self.specs["backbone"], self.specs["text_encoder"], prompt,
+            negative_prompt=negative_prompt, steps=steps, shift=shift, guidance=guidance, seed=seed, frames=frames, size=size,
+        )  # fmt: skip
         if hint := unknown_words(self.model, prompt):
             warnings.warn(hint, UserWarning, stacklevel=2)
         return self._run(request)
@@ -153,8 +155,8 @@ class Pipeline:
             yield Encoding(missing)
             with self._timed(timings, "text"):
                 # One prompt at a time: its context must not depend on what else is encoded with it.
-                fresh = {prompt: self._loaded["text_encoder"].encode([prompt])[0] for prompt in missing}
-                self._contexts = {prompt: fresh.get(prompt, self._contexts.get(prompt)) for prompt in request.prompts}
+                kept = {prompt: self._contexts[prompt] for prompt in request.prompts if prompt not in missing}
+                self._contexts = kept | {prompt: self._loaded["text_encoder"].encode([prompt])[0] for prompt in missing}
         yield from self._load("backbone", timings)
         generator = torch.Generator("cpu").manual_seed(request.seed)
         latents, schedule = yield from self._denoise(request, generator, timings)
@@ -164,9 +166,7 @@ class Pipeline:
             video = self._decode(latents, request, generator)
         yield Done(Result(video, self.model.fps, request.seed, timings, self._manifest(request, video, schedule, timings)))
 
-    def _denoise(
-        self, request: Request, generator: torch.Generator, timings: Timings
-    ) -> Generator[Event, None, tuple[Tensor, Schedule]]:
+    def _denoise(self, request: Request, generator: torch.Generator, timings: Timings) -> Generator[Event, None, tuple[Tensor, Schedule]]:
         backbone, scheduler = self._loaded["backbone"], self._loaded["scheduler"]
         dtype = _dtype_of(backbone)
         with self._timed(timings, "denoise"):

@@ -17,7 +17,10 @@ TINY_WORDS = {
     "shapes": ("circle", "square", "triangle", "star"),
     "motions": ("left", "right", "up", "down", "still", "upward", "downward"),
     "backgrounds": ("black", "white"),
-    "others": tuple("a against an background goes in is moves moving on standing stands staying stays that the to with".split()),
+    "others": (
+        *("a", "an", "the", "that", "in", "on", "to", "with", "against", "background", "is"),
+        *("goes", "moves", "moving", "standing", "stands", "staying", "stays"),
+    ),
 }
 
 
@@ -27,8 +30,15 @@ def wan_backbones() -> list[BackboneSpec]:
         _Wan21(name="wan2.1-t2v-1.3b", weights="hub:Wan-AI/Wan2.1-T2V-1.3B", summary="Wan2.1 text to video, 1.4 B parameters"),
         _Wan21(name="wan2.1-t2v-14b", weights="hub:Wan-AI/Wan2.1-T2V-14B", summary="Wan2.1 text to video, 14.3 B parameters"),
         _Backbone(
-            name="tiny", latent_space="tiny-1", latent_channels=8, stride=(4, 8, 8), embedding_space="tiny-1", text_dim=96, text_len=32,
-            weights="pkg:wan_dit/weights/tiny", summary="built in, draws moving shapes only",
+            name="tiny",
+            latent_space="tiny-1",
+            latent_channels=8,
+            stride=(4, 8, 8),
+            embedding_space="tiny-1",
+            text_dim=96,
+            text_len=32,
+            weights="pkg:wan_dit/weights/tiny",
+            summary="built in, draws moving shapes only",
         ),
     ]
 
@@ -45,15 +55,36 @@ def wan_schedulers() -> list[SchedulerSpec]:
 def wan_models() -> list[VideoModelSpec]:
     return [
         VideoModelSpec(
-            "tiny", "tiny", "tiny", "tiny", steps=15, shift=3.0, guidance=2.0, size=(64, 64), frames=17, fps=8,
-            summary="built in: six colours, four shapes, five motions", extra={"words": TINY_WORDS},
+            "tiny",
+            "tiny",
+            "tiny",
+            "tiny",
+            steps=15,
+            shift=3.0,
+            guidance=2.0,
+            size=(64, 64),
+            frames=17,
+            fps=8,
+            summary="built in: six colours, four shapes, five motions",
+            extra={"words": TINY_WORDS},
         ),
         VideoModelSpec(
-            "wan2.1-t2v-1.3b", "wan2.1-t2v-1.3b", "wan2.1", "umt5-xxl", shift=8.0, guidance=6.0,
-            hub="Wan-AI/Wan2.1-T2V-1.3B", summary="text to video at 480p",
+            "wan2.1-t2v-1.3b",
+            "wan2.1-t2v-1.3b",
+            "wan2.1",
+            "umt5-xxl",
+            shift=8.0,
+            guidance=6.0,
+            hub="Wan-AI/Wan2.1-T2V-1.3B",
+            summary="text to video at 480p",
         ),
         VideoModelSpec(
-            "wan2.1-t2v-14b", "wan2.1-t2v-14b", "wan2.1", "umt5-xxl", size=(1280, 720),
-            hub="Wan-AI/Wan2.1-T2V-14B", summary="text to video at 480p and 720p",
+            "wan2.1-t2v-14b",
+            "wan2.1-t2v-14b",
+            "wan2.1",
+            "umt5-xxl",
+            size=(1280, 720),
+            hub="Wan-AI/Wan2.1-T2V-14B",
+            summary="text to video at 480p and 720p",
         ),
     ]

@@ -83,7 +83,7 @@ def unknown_words(model: VideoModelSpec, prompt: str) -> str:
     """
     groups: dict[str, tuple[str, ...]] = dict(model.extra.get("words", {}))
     known = {word for words in groups.values() for word in words}
-    strange = [word for word in dict.fromkeys(re.findall(r"[^\W_]+", prompt.lower())) if word not in known]
+    strange = [word for word in dict.fromkeys(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", prompt.lower())) if word not in known]
     if not groups or not strange:
         return ""
     shown = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
@@ -112,7 +112,9 @@ def _check_shape(request: Request, backbone: Any) -> None:
     time, height, width = (stride * patch for stride, patch in zip(backbone.stride, backbone.patch, strict=True))
     if request.frames < 1 or (request.frames - 1) % time:
         nearest = 1 + max(0, round((request.frames - 1) / time)) * time
-        raise ValueError(f"frames must be 1 + a multiple of {time} for backbone '{backbone.name}', got {request.frames}; nearest: {nearest}")
+        raise ValueError(
+            f"frames must be 1 + a multiple of {time} for backbone '{backbone.name}', got {request.frames}; nearest: {nearest}"
+        )
     wide, high = request.size
     if wide < 1 or high < 1 or wide % width or high % height:
         nearest_size = f"{max(1, round(wide / width)) * width}x{max(1, round(high / height)) * height}"

@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import UMT5Config as UMT5Config
     from .encoder import TextEncoder as TextEncoder
-    from .plugins import TextEncoderSpec as TextEncoderSpec, hookimpl as hookimpl, load_text_encoder as load_text_encoder
+    from .plugins import TextEncoderSpec as TextEncoderSpec
+    from .plugins import hookimpl as hookimpl
+    from .plugins import load_text_encoder as load_text_encoder
     from .tokenizer import Tokenizer as Tokenizer
     from .umt5 import UMT5Encoder as UMT5Encoder
 
@@ -23,7 +25,7 @@ _EXPORTS = {
     "TextEncoder": "wan_text.encoder",
     "Tokenizer": "wan_text.tokenizer",
 }
-__all__ = list(_EXPORTS)  # noqa: PLE0605 (the table is the one list of names)
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

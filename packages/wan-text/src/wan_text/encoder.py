@@ -15,7 +15,7 @@ from . import checkpoint
 from ._shared.weights import Pretrained, State, build, locate
 from .config import UMT5Config
 from .plugins import TextEncoderSpec
-from .tokenizer import PAD, Tokens, cleaner_id
+from .tokenizer import PAD, Tokenizer, Tokens, clean, cleaner_id, train_tokenizer
 from .umt5 import UMT5Encoder
 
 _PREFIX = "umt5."
@@ -95,6 +95,11 @@ class TextEncoder(Pretrained):
     def reinitialised(self, **architecture: Any) -> Self:
         """A new encoder with fresh weights and this one's tokenizer, with the fields in `architecture` changed."""
         return type(self)(UMT5Config(**{**self.config.model_dump(), **architecture}), self.tokenizer.model)
+
+    def retokenised(self, lines: Iterable[str], pieces: int) -> Self:
+        """A new encoder with fresh weights and a BPE tokenizer of at most `pieces` pieces, trained on the cleaned `lines`."""
+        spiece = train_tokenizer((clean(line, self.config.cleaning) for line in lines), pieces, "bpe", normalization="identity")
+        return type(self)(UMT5Config(**{**self.config.model_dump(), "vocab_size": Tokenizer(spiece).vocab_size}), spiece)
 
     @classmethod
     def read_checkpoint(cls, path: Path) -> tuple[UMT5Config, State]:

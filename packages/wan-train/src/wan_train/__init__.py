@@ -9,7 +9,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import TrainConfig as TrainConfig
-    from .plugins import DatasetSpec as DatasetSpec, ObjectiveSpec as ObjectiveSpec, hookimpl as hookimpl
+    from .plugins import DatasetSpec as DatasetSpec
+    from .plugins import ObjectiveSpec as ObjectiveSpec
+    from .plugins import hookimpl as hookimpl
     from .trainer import Trainer as Trainer
 
 _EXPORTS = {
@@ -19,7 +21,7 @@ _EXPORTS = {
     "Trainer": "wan_train.trainer",
     "TrainConfig": "wan_train.config",
 }
-__all__ = list(_EXPORTS)  # noqa: PLE0605 (the table is the one list of names)
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,17 +13,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser("wan-train", description="Train and evaluate Wan video models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("run", help="run a recipe", description="Run a recipe, e.g. wan-train run tiny-vae steps=100 optimiser.lr=1e-3")
+    train = commands.add_parser(
+        "run", help="run a recipe", description="Run a recipe, e.g. wan-train run tiny-vae steps=100 optimiser.lr=1e-3"
+    )
     train.add_argument("recipe", help="a .toml file, or the name of a recipe in the package")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to change, with dotted names")
     train.add_argument("--resume", action="store_true", help="take up the run in the recipe's output folder")
     add_common(train)
     train.set_defaults(do=_run)
     evaluate = commands.add_parser(
-        "evaluate", help="generate clips of the shapes prompts and read colour, shape, motion and background from their pixels"
+        "evaluate",
+        help="read colour, shape, motion and background from generated clips",
+        description="Generate clips of the shapes prompts and read colour, shape, motion and background from their pixels.",
     )
     evaluate.add_argument("--model", default="tiny", help="name of the model (default: tiny)")
-    evaluate.add_argument("--prompts", type=int, default=200, help="number of prompts, half of them held-out combinations (default: 200)")
+    evaluate.add_argument("--vae", help="instead of a model: the PSNR of a VAE, and what is read from its reconstructions")
+    evaluate.add_argument("--count", type=int, default=200, help="number of clips, half of them held-out combinations (default: 200)")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the first clip (default: 0)")
     add_common(evaluate, listing=True)
     evaluate.set_defaults(do=_evaluate)
@@ -44,9 +49,9 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from .evaluation.generated import evaluate_model
+    from .evaluation.generated import evaluate_model, evaluate_vae
 
-    show(evaluate_model(args.model, args.prompts, args.seed), as_json=args.json)
+    show(evaluate_vae(args.vae, args.count) if args.vae else evaluate_model(args.model, args.count, args.seed), as_json=args.json)
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -56,7 +61,12 @@ def _list(args: argparse.Namespace) -> None:
 
     pm = plugin_manager()
     rows = [
-        {"kind": kind.removeprefix("wan_"), "name": offer.name, "from": offer.dist, "summary": getattr(offer.spec, "summary", str(offer.error))}
+        {
+            "kind": kind.removeprefix("wan_"),
+            "name": offer.name,
+            "from": offer.dist,
+            "summary": getattr(offer.spec, "summary", str(offer.error)),
+        }
         for kind in ("wan_objectives", "wan_datasets")
         for offer in discover(kind, pm)
     ]

@@ -31,15 +31,15 @@ class OptimiserConfig(_Section):
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(1e-4, gt=0)
-    muon_lr: float = Field(0.02, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
+    muon_lr: float = Field(default=0.02, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(1e-3, ge=0)  # report, section 4.2
+    weight_decay: float = Field(default=1e-3, ge=0)  # report, section 4.2
     schedule: Literal["constant", "cosine"] = "constant"
-    hold: float = Field(0.0, ge=0, lt=1)
-    final: float = Field(0.05, ge=0, le=1)
-    warmup: int = Field(0, ge=0)
-    clip: float = Field(1.0, ge=0)
+    hold: float = Field(default=0.0, ge=0, lt=1)
+    final: float = Field(default=0.05, ge=0, le=1)
+    warmup: int = Field(default=0, ge=0)
+    clip: float = Field(default=1.0, ge=0)
 
 
 class TrainConfig(_Section):
@@ -61,12 +61,12 @@ class TrainConfig(_Section):
     batch_size: int = Field(gt=0)
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    ema: float = Field(0.0, ge=0, lt=1)
+    ema: float = Field(default=0.0, ge=0, lt=1)
     output: Path
-    log_every: int = Field(20, ge=0)
-    preview_every: int = Field(500, ge=0)
-    save_every: int = Field(500, ge=0)
-    threads: int = Field(0, ge=0)
+    log_every: int = Field(default=20, ge=0)
+    preview_every: int = Field(default=500, ge=0)
+    save_every: int = Field(default=500, ge=0)
+    threads: int = Field(default=0, ge=0)
     device: str = "cpu"
 
     @classmethod

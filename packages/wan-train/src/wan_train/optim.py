@@ -74,5 +74,6 @@ class EMA:
             return
         keep = min(self.decay, (1 + step) / (10 + step))
         for name, module in self.modules.items():
-            averaged, live = list(module.parameters()), list(self.live[name].parameters())
+            averaged: list[torch.Tensor] = list(module.parameters())
+            live: list[torch.Tensor] = list(self.live[name].parameters())
             torch._foreach_lerp_(averaged, live, 1 - keep)

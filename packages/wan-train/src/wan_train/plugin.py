@@ -8,7 +8,9 @@ from .plugins import DatasetSpec, ObjectiveSpec, hookimpl
 @hookimpl
 def wan_objectives() -> list[ObjectiveSpec]:
     return [
-        ObjectiveSpec("rectified-flow", "wan_train.objectives.flow:RectifiedFlow", summary="velocity of the straight path from data to noise"),
+        ObjectiveSpec(
+            "rectified-flow", "wan_train.objectives.flow:RectifiedFlow", summary="velocity of the straight path from data to noise"
+        ),
         ObjectiveSpec("vae", "wan_train.objectives.vae:VAEObjective", summary="L1 and KL reconstruction"),
     ]
 

@@ -44,4 +44,9 @@ class Tracker:
         """`previews/<step>.png`: one row a clip `[N, 3, T, H, W]`, `columns` frames spread over its length."""
         picked = clips[:, :, torch.linspace(0, clips.shape[2] - 1, columns).round().long()]
         (self.folder / "previews").mkdir(exist_ok=True)
-        contact_sheet(rearrange(picked, "n c t h w -> 1 c (n t) h w"), self.folder / "previews" / f"{step:06d}.png", columns=columns, most=clips.shape[0] * columns)
+        contact_sheet(
+            rearrange(picked, "n c t h w -> 1 c (n t) h w"),
+            self.folder / "previews" / f"{step:06d}.png",
+            columns=columns,
+            most=clips.shape[0] * columns,
+        )

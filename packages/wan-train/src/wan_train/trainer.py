@@ -48,7 +48,10 @@ class Trainer:
         if resume:
             self.load(config.output / "checkpoint.pt")
         self.objective.prepare()
-        with Tracker(config.output, config.model_dump(mode="json"), self.step) as tracker, tqdm(total=last, initial=self.step, disable=not progress) as bar:
+        with (
+            Tracker(config.output, config.model_dump(mode="json"), self.step) as tracker,
+            tqdm(total=last, initial=self.step, disable=not progress) as bar,
+        ):
             while self.step < last:
                 figures = self._train_step()
                 self.step += 1

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from .codec import VideoCodec as VideoCodec
     from .config import VAEConfig as VAEConfig
     from .model import WanVAE as WanVAE
-    from .plugins import VAESpec as VAESpec, hookimpl as hookimpl, load_vae as load_vae
+    from .plugins import VAESpec as VAESpec
+    from .plugins import hookimpl as hookimpl
+    from .plugins import load_vae as load_vae
 
 _EXPORTS = {
     "VAESpec": "wan_vae.plugins",
@@ -21,7 +23,7 @@ _EXPORTS = {
     "VAEConfig": "wan_vae.config",
     "VideoCodec": "wan_vae.codec",
 }
-__all__ = list(_EXPORTS)  # noqa: PLE0605 (the table is the one list of names)
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from ._shared.cli import add_common, run, show
-from ._shared.discover import discover, resolve
+from ._shared.discover import Offer, discover, resolve
 from .plugins import VAESpec, find_vae, plugin_manager
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+SPEC_FIELDS = ("latent_space", "channels", "stride", "weights", "summary")
 TINY_NOTE = "wan-vae: using the built-in 'tiny', which was trained on rendered shapes; --codec wan2.1 is the one for real films"
 
 
@@ -131,42 +132,41 @@ def _decode(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from .latents import LatentFile, is_latent_file
-    from .video import probe
-
     if args.codec:
-        facts = {"kind": "codec", **_spec_facts(find_vae(args.codec))}
-    elif is_latent_file(args.file):
-        file = LatentFile.open(args.file)
-        facts = {"kind": "latents", "shape": list(file.shape), "dtype": file.dtype, **file.info.to_metadata()}
-    elif Path(args.file).is_dir() or Path(args.file).suffix in CHECKPOINTS:
-        facts = {"kind": "checkpoint", **_spec_facts(find_vae(args.file))}
+        spec = find_vae(args.codec)
+        facts = {"kind": "codec", "name": spec.name, **_spec_facts(spec)}
     else:
-        facts = {"kind": "video", **{key: str(value) if key == "fps" else value for key, value in vars(probe(args.file)).items()}}
+        facts = _file_facts(args.file)
     show([facts] if args.json else [{"field": key, "value": value} for key, value in facts.items()], as_json=args.json)
 
 
+def _file_facts(path: str) -> dict[str, Any]:
+    from .latents import LatentFile, is_latent_file
+    from .video import probe
+
+    if is_latent_file(path):
+        file = LatentFile.open(path)
+        return {"kind": "latents", "shape": list(file.shape), "dtype": file.dtype, **file.info.to_metadata()}
+    if Path(path).is_dir() or Path(path).suffix in CHECKPOINTS:
+        return {"kind": "checkpoint", **_spec_facts(find_vae(path))}
+    info = probe(path)
+    return {"kind": "video", **vars(info), "fps": str(info.fps)}
+
+
 def _list(args: argparse.Namespace) -> None:
+    pm = plugin_manager()
+    failed = [Offer("wan_vaes", "", dist, pm.versions.get(dist, ""), None, error) for dist, error in pm.broken.items()]
     rows = []
-    for offer in discover("wan_vaes", pm := plugin_manager()):
-        row = {"name": offer.name, "distribution": offer.dist, "version": offer.version}
-        facts = _spec_facts(offer.spec) if offer.spec else dict.fromkeys(("latent_space", "channels", "stride", "weights"), "")
-        rows.append({**row, **{key: value for key, value in facts.items() if key != "name"}, "status": str(offer.error or "ok")})
-    for dist, error in pm.broken.items():
-        blank = dict.fromkeys(rows[0] if rows else (), "")
-        rows.append({**blank, "distribution": dist, "version": pm.versions.get(dist, ""), "status": f"{type(error).__name__}: {error}"})
+    for offer in [*discover("wan_vaes", pm), *failed]:
+        facts = _spec_facts(offer.spec) if offer.spec else dict.fromkeys(SPEC_FIELDS, "")
+        status = f"{type(offer.error).__name__}: {offer.error}" if offer.error else "ok"
+        rows.append({"name": offer.name, "distribution": offer.dist, "version": offer.version, **facts, "status": status})
     show(rows, as_json=args.json, empty="no VAE is installed")
 
 
 def _spec_facts(spec: VAESpec) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "latent_space": spec.latent_space,
-        "channels": spec.latent_channels,
-        "stride": "x".join(str(step) for step in spec.stride),
-        "weights": spec.weights or "none",
-        "summary": spec.summary,
-    }
+    stride = "x".join(str(step) for step in spec.stride)
+    return dict(zip(SPEC_FIELDS, (spec.latent_space, spec.latent_channels, stride, spec.weights or "none", spec.summary), strict=True))
 
 
 def _named_codec(info: LatentInfo) -> VAESpec:

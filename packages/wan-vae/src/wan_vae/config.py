@@ -39,8 +39,9 @@ class VAEConfig(BaseModel):
     @model_validator(mode="after")
     def _lengths_agree(self) -> VAEConfig:
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            flags, levels = len(self.temporal_downsample), len(self.dim_mult)
             raise ValueError(
-                f"temporal_downsample has {len(self.temporal_downsample)} flags, expected one less than the {len(self.dim_mult)} levels"
+                f"temporal_downsample has {flags} flags, expected {levels - 1}: one for each of the {levels} levels but the last"
             )
         for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
             if len(values) not in (0, self.z_dim):

@@ -234,9 +234,7 @@ class WanVAE(Pretrained):
         for axis, size, unit in (("height", video.shape[3], height), ("width", video.shape[4], width)):
             if size == 0 or size % unit:
                 nearest = sorted({max(unit, size // unit * unit), (size // unit + 1) * unit})
-                raise ValueError(
-                    f"video {axis} is {size}, expected a multiple of {unit}: the nearest are {' and '.join(map(str, nearest))}"
-                )
+                raise ValueError(f"video {axis} is {size}, expected a multiple of {unit}, such as {' or '.join(map(str, nearest))}")
 
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.config.z_dim or 0 in latents.shape:

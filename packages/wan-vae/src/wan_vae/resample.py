@@ -76,9 +76,7 @@ class AverageDown(nn.Module):
     def __init__(self, dim: int, out_dim: int, time: int, space: int) -> None:
         super().__init__()
         if dim * time * space**2 % out_dim:
-            raise ValueError(
-                f"a level of width {dim} -> {out_dim} cannot have a shortcut: {dim} * {time * space**2} does not divide by {out_dim}"
-            )
+            raise ValueError(f"no shortcut for a level of width {dim} -> {out_dim}: {dim} * {time * space**2} does not divide by {out_dim}")
         self.out_dim, self.time, self.space = out_dim, time, space
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
@@ -93,9 +91,7 @@ class RepeatUp(nn.Module):
     def __init__(self, dim: int, out_dim: int, time: int, space: int) -> None:
         super().__init__()
         if out_dim * time * space**2 % dim:
-            raise ValueError(
-                f"a level of width {dim} -> {out_dim} cannot have a shortcut: {out_dim} * {time * space**2} does not divide by {dim}"
-            )
+            raise ValueError(f"no shortcut for a level of width {dim} -> {out_dim}: {out_dim} * {time * space**2} does not divide by {dim}")
         self.repeats, self.time, self.space = out_dim * time * space**2 // dim, time, space
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:

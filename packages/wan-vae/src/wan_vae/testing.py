@@ -21,7 +21,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over max(1, largest absolute value); infinite where shapes differ."""
     if got.shape != expected.shape:
         return float("inf")
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1))
+    return float((got - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1))
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:

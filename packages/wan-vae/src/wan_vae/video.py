@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import av
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ PathLike = str | os.PathLike[str]
 HD_LINES = 720  # files that do not say are BT.601 below this height and BT.709 from it on
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 BT709 = 1  # the code of BT.709 as matrix, primaries and transfer function
-LIMITED, FULL = 1, 2  # AVCOL_RANGE_*
-RANGES = {LIMITED: "limited", FULL: "full"}
+RANGES: dict[int, str] = {ColorRange.MPEG: "limited", ColorRange.JPEG: "full"}
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ def read_frames(path: PathLike, *, limit: int | None = None) -> Iterator[Frame]:
     with _open(path) as (container, stream):
         stream.thread_type = "AUTO"
         count, size = 0, None
+        reformatter = VideoReformatter()  # one for the film: a frame's own would start its threads anew, at many times the cost
         try:
             for frame in container.decode(stream):
-                picture = _to_rgb(frame)
+                picture = _to_rgb(frame, reformatter)
                 if size and picture.shape != size:
                     raise ValueError(f"'{path}' changes from {size[1]}x{size[0]} to {picture.shape[1]}x{picture.shape[0]} at frame {count}")
                 size = picture.shape
@@ -126,11 +127,11 @@ def _rotation(frame: Any) -> int:
     return round(frame.rotation / 90) % 4 * 90
 
 
-def _to_rgb(frame: Any) -> Frame:
+def _to_rgb(frame: Any, reformatter: VideoReformatter) -> Frame:
     matrix = None
     if frame.colorspace == UNSPECIFIED:
-        matrix = "ITU709" if frame.height >= HD_LINES else "ITU601"
-    picture = frame.to_ndarray(format="rgb24", src_colorspace=matrix, dst_color_range="JPEG")
+        matrix = Colorspace.ITU709 if frame.height >= HD_LINES else Colorspace.ITU601
+    picture = reformatter.reformat(frame, format="rgb24", src_colorspace=matrix, dst_color_range=ColorRange.JPEG).to_ndarray()
     return np.ascontiguousarray(np.rot90(picture, _rotation(frame) // 90))
 
 
@@ -172,6 +173,7 @@ class VideoWriter:
         self._fps = Fraction(fps).limit_denominator(1_000_000)
         subsampled = size[0] % 2 == 0 and size[1] % 2 == 0
         self._format = "rgb24" if lossless else "yuv420p" if subsampled else "yuv444p"
+        self._reformatter = VideoReformatter()
         self._codec, self._options = ("libx264rgb", {"crf": "0"}) if lossless else ("libx264", {"crf": str(crf)})
 
     def __enter__(self) -> Self:
@@ -206,7 +208,7 @@ class VideoWriter:
         if self._format != "rgb24":
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = BT709
-            context.color_range = LIMITED
+            context.color_range = ColorRange.MPEG
         return container, stream
 
     def write(self, frame: Frame) -> None:
@@ -216,7 +218,9 @@ class VideoWriter:
             raise ValueError(f"expected a uint8 frame [{height}, {width}, 3], got {frame.dtype} {list(frame.shape)}")
         picture: Any = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         if self._format != "rgb24":
-            picture = picture.reformat(format=self._format, dst_colorspace="ITU709", dst_color_range="MPEG")
+            picture = self._reformatter.reformat(
+                picture, format=self._format, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
         picture.pts, picture.time_base = self.count, 1 / self._fps
         self._mux(picture)
         self.count += 1

@@ -6,7 +6,6 @@ import time
 
 import torch
 from einops import rearrange
-
 from wan_vae import VAESpec
 
 T, S = 4, 8

@@ -162,11 +162,17 @@ def save_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, 
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, scratch / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in state.items()},
+            scratch / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name, data in (extra or {}).items():
             (scratch / name).write_bytes(data)
         folder.mkdir(exist_ok=True)
+        for file in scratch.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
         for file in sorted(scratch.iterdir(), key=lambda file: file.suffix == ".json"):  # the config last: it makes the folder valid
             os.replace(file, folder / file.name)
     finally:

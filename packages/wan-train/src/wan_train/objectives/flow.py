@@ -28,6 +28,7 @@ class FlowSettings(BaseModel):
 
     init: `random` or `pretrained`, for the backbone and a trained text encoder; architecture: fields of the backbone's config
     train_text_encoder: trains it together with the backbone; otherwise it is frozen and its output cached
+    tokenizer: pieces of a tokenizer that is first trained on the captions, 0 to keep the encoder's own
     clips: clips encoded once, 0 for the whole data set
     shift, logit_mean, logit_std: sigma = shifted sigmoid of a normal draw
     text_drop: share of samples that are trained on the empty prompt, for classifier-free guidance
@@ -43,6 +44,7 @@ class FlowSettings(BaseModel):
     architecture: dict[str, Any] = {}
     text_architecture: dict[str, Any] = {}
     train_text_encoder: bool = False
+    tokenizer: int = 0
     clips: int = 0
     shift: float = 3.0
     logit_mean: float = 0.0
@@ -59,7 +61,10 @@ class RectifiedFlow:
     def __init__(self, settings: dict[str, Any], dataset: Dataset, folder: Path, device: str, pm: pluggy.PluginManager) -> None:
         self.settings = s = FlowSettings(**settings)
         self.dataset, self.folder, self.device = dataset, folder, device
-        specs = {kind: find(f"wan_{kind}s", name, pm) for kind, name in (("backbone", s.backbone), ("vae", s.vae), ("text_encoder", s.text_encoder))}
+        specs = {
+            kind: find(f"wan_{kind}s", name, pm)
+            for kind, name in (("backbone", s.backbone), ("vae", s.vae), ("text_encoder", s.text_encoder))
+        }
         if not s.architecture and not s.text_architecture:
             check(specs["backbone"], specs["vae"], specs["text_encoder"], pm=pm)
         self.vae = specs["vae"].load(device=device)
@@ -68,6 +73,9 @@ class RectifiedFlow:
         self.modules: dict[str, nn.Module] = {"backbone": self.backbone}
         if s.train_text_encoder:
             self.text_encoder = fresh(specs["text_encoder"], s.init, s.text_architecture, device)
+            if s.tokenizer:
+                lines = (line for index in range(s.clips or len(dataset)) for line in dataset.captions(index))
+                self.text_encoder = self.text_encoder.retokenised(lines, s.tokenizer).to(device).train()
             self.modules["text_encoder"] = self.text_encoder
         else:
             self.text_encoder = specs["text_encoder"].load(device=device)
@@ -90,7 +98,9 @@ class RectifiedFlow:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with torch.no_grad():
-                latents = [self.vae.encode(self.dataset.video([i]).to(self.device)).cpu() for i in tqdm(range(count), desc="latents", disable=None)]
+                latents = [
+                    self.vae.encode(self.dataset.video([i]).to(self.device)).cpu() for i in tqdm(range(count), desc="latents", disable=None)
+                ]
             save_file({"latents": torch.cat(latents)}, path.with_suffix(".partial"))
             path.with_suffix(".partial").rename(path)
         self.latents = load_file(path)["latents"]
@@ -143,7 +153,9 @@ class RectifiedFlow:
         state = self.scheduler.start(schedule)
         for t in schedule.timesteps:
             timestep = t.float().repeat(len(prompts)).to(self.device)
-            sample = self.scheduler.step(state, guided_velocity(backbone, sample, timestep, context, negative, settings.preview_guidance), sample)
+            sample = self.scheduler.step(
+                state, guided_velocity(backbone, sample, timestep, context, negative, settings.preview_guidance), sample
+            )
         return self.vae.decode(sample).cpu()
 
     def export(self, modules: dict[str, nn.Module], folder: str) -> None:

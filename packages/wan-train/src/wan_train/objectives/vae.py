@@ -60,7 +60,9 @@ class VAEObjective:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Muon may train the convolutions inside the two halves; the first and the last of each stay with AdamW."""
         named = list(self.vae.named_parameters())
-        inner = [param for name, param in named if (".levels." in name or ".middle." in name) and param.ndim > 3 and not name.endswith("gamma")]
+        inner = [
+            param for name, param in named if (".levels." in name or ".middle." in name) and param.ndim > 3 and not name.endswith("gamma")
+        ]
         chosen = {id(param) for param in inner}
         return [{"params": inner, "muon": True}, {"params": [param for _, param in named if id(param) not in chosen]}]
 

@@ -39,6 +39,7 @@ class PluginManager(pluggy.PluginManager):
         super().__init__("wan")
         self.versions: dict[str, str] = {}
         self.broken: dict[str, Exception] = {}
+        self.warned: set[tuple[str, str]] = set()
 
 
 def plugin_manager(*hookspecs: Any) -> PluginManager:
@@ -65,7 +66,9 @@ def plugin_manager(*hookspecs: Any) -> PluginManager:
 
 def discover(kind: str, pm: pluggy.PluginManager) -> list[Offer]:
     """All parts of a kind (`wan_vaes`, ...) in the order of their distributions; a hook that raises hides only itself."""
-    versions, offers = getattr(pm, "versions", {}), []
+    versions: dict[str, str] = getattr(pm, "versions", {})
+    warned: set[tuple[str, str]] = getattr(pm, "warned", set())
+    offers: list[Offer] = []
     caller = getattr(pm.hook, kind, None)
     for impl in caller.get_hookimpls() if caller else ():
         dist = impl.plugin_name
@@ -76,7 +79,9 @@ def discover(kind: str, pm: pluggy.PluginManager) -> list[Offer]:
             offers += [Offer(kind, spec.name, dist, versions.get(dist, ""), spec) for spec in specs]
         except Exception as error:
             offers.append(Offer(kind, "", dist, versions.get(dist, ""), None, error))
-            warnings.warn(_failure(dist, error), RuntimeWarning, stacklevel=2)
+            if (kind, dist) not in warned:
+                warned.add((kind, dist))
+                warnings.warn(_failure(dist, error), RuntimeWarning, stacklevel=2)
     return sorted(offers, key=lambda offer: (offer.dist not in FIRST_PARTY, offer.dist))
 
 
@@ -103,7 +108,9 @@ def resolve(kind: str, ref: str, pm: pluggy.PluginManager, *, typed: bool = True
         raise LookupError(_failure(owner, broken[owner])) from broken[owner]
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", ref):
         if not typed:
-            raise LookupError(f"'{ref}' is an import string; those are taken only from the command line, the API or a recipe, never from a file")
+            raise LookupError(
+                f"'{ref}' is an import string; those are taken only from the command line, the API or a recipe, never from a file"
+            )
         return _imported(kind, ref)
     if typed and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", ref) and not ref.startswith(".") and (base := _reader(found, None)):
         return base.at(f"hub:{ref}")
@@ -131,8 +138,8 @@ def _imported(kind: str, ref: str) -> Any:
         target = spec.resolve()
     except (ImportError, AttributeError) as error:
         raise LookupError(f"cannot import {_label(kind)} '{ref}': {error}") from error
-    spec = getattr(target, "spec", None)  # by its shape, not its class: each package has a Spec of its own
-    return spec if isinstance(getattr(spec, "name", None), str) and hasattr(spec, "load") else _ImportedSpec(ref, ref)
+    own = getattr(target, "spec", None)  # known by its shape, not its class: each package has a Spec of its own
+    return own if isinstance(getattr(own, "name", None), str) and hasattr(own, "load") else _ImportedSpec(ref, ref)
 
 
 class _ImportedSpec(Spec):
@@ -160,7 +167,7 @@ def _label(kind: str) -> str:
 
 
 def _failure(dist: str, error: Exception) -> str:
-    return f"plugin '{dist}' failed ({type(error).__name__}: {error})"
+    return f"plugin '{dist}' failed ({type(error).__name__}: {' '.join(str(error).split())})"
 
 
 def _normalise(name: str) -> str:
