@@ -147,7 +147,8 @@ def environment(session: nox.Session, *requirements: str) -> None:
 
 
 def pip_install(session: nox.Session, *arguments: str) -> None:
-    session.run(str(BIN / "python"), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), *arguments, external=True)
+    """pip into .venv; no bytecode for the thousands of modules that are never imported: Python writes it on first use."""
+    session.run(str(BIN / "python"), "-m", "pip", "install", "--quiet", "--no-compile", "-c", str(CONSTRAINTS), *arguments, external=True)
 
 
 def differing_shared_files() -> list[str]:

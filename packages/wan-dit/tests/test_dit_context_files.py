@@ -15,6 +15,7 @@ from wan_dit.pipeline import Pipeline
 from wan_dit.plugins import find, plugin_manager
 
 PROMPT = "a red circle moves left"
+DIM = find("wan_text_encoders", "tiny").embed_dim
 SMALL: dict[str, Any] = {"steps": 2, "frames": 5, "size": (32, 16)}
 
 
@@ -27,7 +28,7 @@ def contexts() -> dict[str, torch.Tensor]:
 def write(folder: Path, contexts: dict[str, torch.Tensor], **facts: Any) -> Path:
     """A context folder, written by hand."""
     folder.mkdir()
-    encoder = {"fingerprint": "f" * 64, "embedding_space": "tiny-1", "embed_dim": 96, "max_tokens": 32, "cleaner": "x", "dtype": "float32"}
+    encoder = {"fingerprint": "f" * 64, "embedding_space": "tiny-1", "embed_dim": DIM, "max_tokens": 32, "cleaner": "x", "dtype": "float32"}
     (folder / "encoder.json").write_text(json.dumps({**encoder, **facts}))
     rows = []
     for i, (prompt, context) in enumerate(contexts.items()):
@@ -57,8 +58,10 @@ def test_contexts_may_be_stored_in_half_precision(tmp_path: Path, contexts: dict
 def test_a_missing_prompt_comes_with_the_line_that_adds_it(tmp_path: Path, contexts: dict[str, torch.Tensor]) -> None:
     folder = write(tmp_path / "contexts", {PROMPT: contexts[PROMPT]})
     pipe = Pipeline("tiny", context=folder)
+    with pytest.raises(LookupError, match="prompt 'a blue star' is not in"):
+        pipe("a blue star", **SMALL)
     with pytest.raises(LookupError) as error:
-        pipe("it's blue", **SMALL)
+        ContextFiles(folder).encode(["it's blue"])
     assert f"wan-text encode 'it'\"'\"'s blue' --output {folder}" in str(error.value)
     with pytest.raises(LookupError, match=r"prompt '' is not in .*wan-text encode '' --output"):
         pipe(PROMPT, **SMALL)
@@ -96,7 +99,7 @@ def test_what_is_no_context_folder_is_refused(tmp_path: Path, contexts: dict[str
     with pytest.raises(ValueError, match=r"is not a context folder .*'key'"):
         ContextFiles(folder)
     wrong = write(tmp_path / "wrong", {PROMPT: torch.zeros(3, 5)})
-    with pytest.raises(ValueError, match=r"context is \(3, 5\), expected \[tokens, 96\]"):
+    with pytest.raises(ValueError, match=rf"context is \(3, 5\), expected \[tokens, {DIM}\]"):
         ContextFiles(wrong).encode([PROMPT])
 
 

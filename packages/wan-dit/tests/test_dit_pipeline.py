@@ -69,7 +69,7 @@ def test_one_seed_gives_the_same_bits_and_another_gives_others(pipe: Pipeline) -
 
 def test_the_noise_is_the_seeds_on_the_cpu(recorder: Recorder) -> None:
     Pipeline("tiny", backbone=recorder)(PROMPT, **SMALL, seed=7, guidance=1)
-    expected = torch.randn(1, 8, 2, 2, 4, generator=torch.Generator().manual_seed(7))
+    expected = torch.randn(1, recorder.spec.latent_channels, 2, 2, 4, generator=torch.Generator().manual_seed(7))
     assert torch.equal(recorder.latents[0], expected)
 
 
@@ -100,7 +100,7 @@ def test_events_tell_the_run_in_order() -> None:
     pipe = Pipeline("tiny")
     events = list(pipe.stream(PROMPT, **SMALL))
     kinds = [type(event) for event in events]
-    assert kinds == [Loading, Encoding, Loading, Step, Step, Loading, Decoding, Done]
+    assert kinds == [Loading, Encoding, Loading, Loading, Step, Step, Decoding, Done]
     assert [event.part for event in events if isinstance(event, Loading)] == ["text_encoder", "backbone", "vae"]
     steps = [event for event in events if isinstance(event, Step)]
     assert [(step.i, step.n) for step in steps] == [(1, 2), (2, 2)]
@@ -174,9 +174,28 @@ def test_a_vae_that_breaks_its_promise_is_named() -> None:
             return latents[:, :3]
 
     with pytest.raises(
-        ValueError, match=r"vae 'wrong' decoded \[1, 8, 2, 2, 4\] to \[1, 3, 2, 2, 4\], its spec promises \[1, 3, 5, 16, 32\]"
+        ValueError, match=r"vae 'wrong' decoded \[1, \d+, 2, 2, 4\] to \[1, 3, 2, 2, 4\], its spec promises \[1, 3, 5, 16, 32\]"
     ):
         Pipeline("tiny", vae=Wrong())(PROMPT, **SMALL)
+
+
+def test_weights_that_are_not_what_their_spec_says_are_found_before_denoising() -> None:
+    promised = find("wan_vaes", "tiny")
+
+    class Loaded:
+        spec = replace(promised, name="other", latent_channels=5)
+
+    class Promising:
+        name, latent_space, latent_channels, stride = "x", promised.latent_space, promised.latent_channels, promised.stride
+
+        def load(self, *, dtype: Any, device: Any) -> Loaded:
+            return Loaded()
+
+    events = Pipeline("tiny", vae=Promising()).stream(PROMPT, **SMALL)
+    seen = []
+    with pytest.raises(ValueError, match=r"vae 'other' does not fit backbone .*: its latent_channels is 5"):
+        seen.extend(events)
+    assert not any(isinstance(event, Step) for event in seen)
 
 
 def test_bfloat16_weights_change_the_video_a_little(pipe: Pipeline) -> None:

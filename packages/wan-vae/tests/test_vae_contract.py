@@ -79,7 +79,7 @@ class Scribbles(WanVAE):
 class Misdescribed(WanVAE):
     @property
     def spec(self) -> Any:
-        return replace(super().spec, latent_channels=16)
+        return replace(super().spec, latent_channels=TINY.z_dim + 1)
 
 
 class Unsaved(WanVAE):
@@ -107,7 +107,7 @@ FAULTS = {
 def make(kind: type[WanVAE]) -> WanVAE:
     vae = kind(TINY).eval()
     randomise(vae)
-    vae.config = TINY.model_copy(update={"latents_mean": (0.5,) * 8, "latents_std": (2.0,) * 8})
+    vae.config = TINY.model_copy(update={"latents_mean": (0.5,) * TINY.z_dim, "latents_std": (2.0,) * TINY.z_dim})
     return vae
 
 

@@ -70,8 +70,8 @@ class DiTConfig(BaseModel):
 
 
 TINY = DiTConfig(
-    in_dim=8,
-    out_dim=8,
+    in_dim=16,
+    out_dim=16,
     dim=128,
     ffn_dim=384,
     freq_dim=64,

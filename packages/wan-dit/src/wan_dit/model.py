@@ -95,8 +95,8 @@ class WanDiT(Pretrained):
     Example:
         >>> model = WanDiT(TINY)
         >>> context = model.encode_context([torch.randn(5, 96)])
-        >>> model(torch.randn(1, 8, 5, 8, 8), torch.tensor([999.0]), context).shape
-        torch.Size([1, 8, 5, 8, 8])
+        >>> model(torch.randn(1, 16, 5, 8, 8), torch.tensor([999.0]), context).shape
+        torch.Size([1, 16, 5, 8, 8])
     """
 
     format = "wan-dit/1"

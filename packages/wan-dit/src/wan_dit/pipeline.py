@@ -104,7 +104,7 @@ class Pipeline:
         text = text_encoder if context is None else ContextFiles(context)
         for part, ref in {"backbone": backbone, "vae": vae, "text_encoder": text, "scheduler": scheduler}.items():
             self._add(part, ref)
-        compat.check(self.specs["backbone"], self.specs["vae"], self.specs["text_encoder"], pm=self.pm)
+        self._check({})
 
     @classmethod
     def from_pretrained(cls, model: str | VideoModelSpec = "tiny", **parts: Any) -> Self:
@@ -157,10 +157,11 @@ class Pipeline:
                 # One prompt at a time: its context must not depend on what else is encoded with it.
                 kept = {prompt: self._contexts[prompt] for prompt in request.prompts if prompt not in missing}
                 self._contexts = kept | {prompt: self._loaded["text_encoder"].encode([prompt])[0] for prompt in missing}
-        yield from self._load("backbone", timings)
+        for part in ("backbone", "vae"):  # the VAE too, so that what is wrong with it is said before the long part
+            yield from self._load(part, timings)
+        self._check(self._loaded)
         generator = torch.Generator("cpu").manual_seed(request.seed)
         latents, schedule = yield from self._denoise(request, generator, timings)
-        yield from self._load("vae", timings)
         yield Decoding(request.frames)
         with self._timed(timings, "decode"):
             video = self._decode(latents, request, generator)
@@ -229,6 +230,11 @@ class Pipeline:
             self._loaded[part] = as_scheduler(ref.load() if is_spec else ref)
         elif not is_spec:
             self._loaded[part] = ref
+
+    def _check(self, loaded: dict[str, Any]) -> None:
+        """Do the parts fit, by the specs of what is loaded, and by what was promised for the rest?"""
+        specs = [getattr(loaded.get(part), "spec", None) or self.specs[part] for part in ("backbone", "vae", "text_encoder")]
+        compat.check(*specs, pm=self.pm)
 
     def _load(self, part: str, timings: Timings) -> Iterator[Event]:
         if part in self._loaded:

@@ -32,7 +32,7 @@ def wan_backbones() -> list[BackboneSpec]:
         _Backbone(
             name="tiny",
             latent_space="tiny-1",
-            latent_channels=8,
+            latent_channels=16,
             stride=(4, 8, 8),
             embedding_space="tiny-1",
             text_dim=96,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint; FileNotFoundError says where it was looked for."""
+    """Read a checkpoint; FileNotFoundError says where it was looked for, ValueError that the file is none."""
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at '{path}': start the run without --resume")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"'{path}' is not a checkpoint: start the run without --resume") from error
     return state

@@ -5,9 +5,11 @@ from __future__ import annotations
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -76,11 +78,11 @@ class TrainConfig(_Section):
         overrides: `dotted.key=value` with TOML values, such as `optimiser.lr=1e-3`; a bare word is a string.
         Raises ValueError that names the field, what it got and what is right.
         """
-        path = Path(recipe)
-        if not path.exists():
-            path = Path(str(files("wan_train") / "recipes" / f"{recipe}.toml"))
-        if not path.exists():
-            known = ", ".join(sorted(file.stem for file in path.parent.glob("*.toml")))
+        path, recipes = Path(recipe), Path(str(files("wan_train") / "recipes"))
+        if not path.is_file():
+            path = recipes / f"{recipe}.toml"
+        if not path.is_file():
+            known = ", ".join(sorted(file.stem for file in recipes.glob("*.toml")))
             raise FileNotFoundError(f"no recipe '{recipe}': give a .toml file or one of {known}")
         try:
             values = tomllib.loads(path.read_text())
@@ -88,11 +90,25 @@ class TrainConfig(_Section):
             raise ValueError(f"'{path}' is not TOML: {error}") from error
         for override in overrides or []:
             _override(values, override)
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
-            raise ValueError(f"'{path}': {'; '.join(lines)}") from error
+        return read_settings(cls, values, str(path))
+
+
+def read_settings(kind: type[Settings], values: dict[str, Any], source: str) -> Settings:
+    """`values` as a pydantic model; ValueError in one line that names `source`, the fields, what they got and what is right."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"'{source}': {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """What is wrong with which field, in one line."""
+    lines = []
+    for problem in error.errors():
+        field = ".".join(map(str, problem["loc"]))
+        got = "" if problem["type"] == "missing" or not field else f" (got {problem['input']!r})"
+        lines.append(f"{field}: {problem['msg']}{got}" if field else problem["msg"])
+    return "; ".join(lines)
 
 
 def _override(values: dict[str, Any], override: str) -> None:

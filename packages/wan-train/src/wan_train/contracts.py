@@ -16,7 +16,7 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def video(self, indices: Sequence[int]) -> Tensor:
-        """Clips `[N, 3, T, H, W]` in [-1, 1]."""
+        """Clips `[N, 3, T, H, W]` in [-1, 1]; those from index `len(self)` on are never trained on, but previewed."""
 
     def captions(self, index: int) -> list[str]:
         """The captions of a clip, paraphrases of each other."""
@@ -59,6 +59,10 @@ class TrainableVAE(Protocol):
     """A VAE that the VAE objective can train."""
 
     config: Any
+    spec: Any
+
+    def reinitialised(self, **architecture: Any) -> TrainableVAE:
+        """One with fresh weights and this one's config, with the fields in `architecture` changed."""
 
     def reconstruct(self, video: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Differentiable and unclamped: the video, the mean and the log-variance."""

@@ -23,7 +23,7 @@ class Optimiser:
         self.params = [param for group in groups for param in group["params"]]
         chosen = [param for group in groups if group.get("muon") and config.name == "muon" for param in group["params"]]
         ids = {id(param) for param in chosen}
-        self.matrices = [(param, param.detach().flatten(1)) for param in chosen]  # each shares its memory with the parameter
+        self.matrices = [(param, param.detach().view(len(param), -1)) for param in chosen]  # each shares its memory with the parameter
         self.parts: list[tuple[torch.optim.Optimizer, float]] = []
         if rest := [param for param in self.params if id(param) not in ids]:
             self.parts.append((torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay), config.lr))
@@ -41,8 +41,12 @@ class Optimiser:
         return share
 
     def step(self, step: int) -> float:
-        """Clip, update and clear the gradients; returns the norm of the gradient before clipping."""
+        """Clip, update and clear the gradients; returns the norm of the gradient before clipping.
+
+        Raises ValueError where the norm is not finite, and leaves the weights as they are.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.config.clip or math.inf)
+        require_finite("norm of the gradient", norm, step)
         for param, matrix in self.matrices:
             matrix.grad = param.grad.flatten(1) if param.grad is not None else None
         for optimiser, peak in self.parts:
@@ -77,3 +81,14 @@ class EMA:
             averaged: list[torch.Tensor] = list(module.parameters())
             live: list[torch.Tensor] = list(self.live[name].parameters())
             torch._foreach_lerp_(averaged, live, 1 - keep)
+            for own, other in zip(module.buffers(), self.live[name].buffers(), strict=True):
+                own.copy_(other)
+
+
+def require_finite(name: str, value: torch.Tensor, step: int) -> None:
+    """Raise ValueError where a figure is not finite; called before the weights of `step` (counted from 0) are changed."""
+    if not torch.isfinite(value):
+        raise ValueError(
+            f"the {name} is {value.item()} at step {step + 1}: lower optimiser.lr or optimiser.clip, "
+            "and take up the last checkpoint with --resume"
+        )

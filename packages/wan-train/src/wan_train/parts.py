@@ -4,16 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from .config import explain
+
 
 def fresh(spec: Any, init: str, architecture: dict[str, Any], device: str) -> Any:
-    """The part of `spec` in training mode.
+    """The part of `spec` in training mode, its weights in fp32.
 
     init: `pretrained` keeps its weights, `random` draws new ones (and lets `architecture` change fields of its config)
-    Raises ValueError for another `init`, or an architecture for pretrained weights.
+    Raises ValueError for another `init`, an architecture for pretrained weights, or fields that the config does not take.
     """
     if init not in ("random", "pretrained") or (init == "pretrained" and architecture):
         raise ValueError(f"init = '{init}' with architecture {architecture}: use 'random' (any architecture) or 'pretrained' (its own)")
-    part = spec.load(device=device)
+    part = spec.load(dtype=torch.float32, device=device)
     if init == "random":
-        part = part.reinitialised(**architecture)
+        try:
+            part = part.reinitialised(**architecture)
+        except ValidationError as error:
+            raise ValueError(f"architecture of '{spec.name}': {explain(error)}") from error
     return part.to(device).train().requires_grad_(True)
+
+
+def check_clips(clips: Tensor, stride: tuple[int, ...], frames: int, height: int, width: int) -> None:
+    """Raise ValueError where crops of `frames`, `height` and `width` do not fit into clips `[N, 3, T, H, W]` or a model's stride."""
+    if any(have < want for have, want in zip(clips.shape[2:], (frames, height, width), strict=True)):
+        have = "x".join(map(str, clips.shape[2:]))
+        raise ValueError(f"crops of {frames}x{height}x{width} (frames, height, width) do not fit into the data's clips of {have}")
+    time, *space = stride
+    if (frames - 1) % time or any(size % unit for size, unit in zip((height, width), space, strict=True)):
+        raise ValueError(
+            f"clips of {frames}x{height}x{width} (frames, height, width) do not divide: "
+            f"frames must be 1 + {time}k, height and width multiples of {space[0]} and {space[1]}"
+        )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ObjectiveSpec(Spec):
-    """A training objective: `target(settings, device)` returns an object that satisfies wan_train.contracts.Objective."""
+    """A training objective: `target(settings, dataset, folder, device, pm)` returns a wan_train.contracts.Objective."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from wan_dit.media import contact_sheet
+from wan_dit.media import contact_sheet, whole_file
 
 
 class Tracker:
@@ -21,10 +22,11 @@ class Tracker:
         self.folder = folder
         self.log_path = folder / "log.jsonl"
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        kept = [line for line in self.log_path.read_text().splitlines() if json.loads(line)["step"] <= step] if step else []
-        self.log_path.write_text("".join(f"{line}\n" for line in kept))
+        kept = _lines_until(self.log_path, step) if step and self.log_path.exists() else []
+        with whole_file(self.log_path) as scratch:
+            scratch.write_text("".join(f"{line}\n" for line in kept))
         self.file = self.log_path.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # the first step whose points are dropped
 
     def __enter__(self) -> Self:
         return self
@@ -50,3 +52,13 @@ class Tracker:
             columns=columns,
             most=clips.shape[0] * columns,
         )
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The lines of a log up to `step`; one that a kill cut short is left out."""
+    kept = []
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .config import TrainConfig
-from .optim import EMA, Optimiser
+from .optim import EMA, Optimiser, require_finite
 from .plugins import find, plugin_manager
 from .tracker import Tracker
 
@@ -34,7 +35,8 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        dataset = find("wan_datasets", config.data.name, pm).resolve()(**config.data.settings)
+        _require_device(config.device)
+        dataset = _dataset(config, pm)
         objective = find("wan_objectives", config.objective.name, pm).resolve()
         self.objective: Objective = objective(config.objective.settings, dataset, config.output, config.device, pm)
         self.optimiser = Optimiser(config.optimiser, self.objective.parameter_groups(), config.steps)
@@ -44,9 +46,9 @@ class Trainer:
     def run(self, *, resume: bool = False, progress: bool = False, until: int | None = None) -> Path:
         """Train to `config.steps` (or stop after `until`) and return the folder of the exported parts."""
         config, last = self.config, min(until or self.config.steps, self.config.steps)
-        config.output.mkdir(parents=True, exist_ok=True)
         if resume:
             self.load(config.output / "checkpoint.pt")
+        _make_folder(config.output)
         self.objective.prepare()
         with (
             Tracker(config.output, config.model_dump(mode="json"), self.step) as tracker,
@@ -60,25 +62,33 @@ class Trainer:
                     bar.set_postfix(loss=f"{figures['loss']:.4f}")
                     tracker.log(self.step, figures)
                 if _due(self.step, config.preview_every, config.steps):
-                    clips, measured = self.objective.preview(self.ema.modules)
-                    tracker.log(self.step, measured)
-                    tracker.grid(self.step, clips)
+                    self._preview(tracker)
                 if _due(self.step, config.save_every, last):
                     self.save(config.output / "checkpoint.pt")
         if self.step == config.steps:
             self.objective.export(self.ema.modules, str(config.output / "export"))
         return config.output / "export"
 
+    def _preview(self, tracker: Tracker) -> None:
+        modules = self.ema.modules.values()
+        training = [module.training for module in modules]
+        for module in modules:
+            module.eval()
+        clips, measured = self.objective.preview(self.ema.modules)
+        for module, mode in zip(modules, training, strict=True):
+            module.train(mode)
+        tracker.log(self.step, measured)
+        tracker.grid(self.step, clips)
+
     def _train_step(self) -> dict[str, float]:
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)  # counter-based: resumes to the same draw
         with torch.autocast(torch.device(self.config.device).type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             loss, figures = self.objective.loss(self.config.batch_size, generator, self.step / self.config.steps)
+        require_finite("loss", loss, self.step)
         loss.backward()
         norm = self.optimiser.step(self.step)
         self.ema.update(self.step)
-        if not torch.isfinite(loss):
-            raise ArithmeticError(f"the loss is {loss.item()} at step {self.step}: lower optimiser.lr or optimiser.clip")
         rate = self.optimiser.rate(self.step)
         return {"loss": loss.item(), **figures, "grad_norm": norm, "lr_share": rate, "seconds": time.perf_counter() - start}
 
@@ -94,14 +104,45 @@ class Trainer:
         checkpoint.save(path, state)
 
     def load(self, path: Path) -> None:
-        """Take up where `save` left."""
+        """Take up where `save` left; ValueError where the checkpoint is of another recipe."""
         state = checkpoint.load(path)
-        for name, module in self.objective.modules.items():
-            module.load_state_dict(state["modules"][name])
-            self.ema.modules[name].load_state_dict(state["ema"][name])
-        self.optimiser.load_state_dict(state["optimiser"])
+        if state["step"] > self.config.steps:
+            raise ValueError(f"'{path}' is at step {state['step']}, past the {self.config.steps} steps of this recipe")
+        try:
+            for name, module in self.objective.modules.items():
+                module.load_state_dict(state["modules"][name])
+                self.ema.modules[name].load_state_dict(state["ema"][name])
+            self.optimiser.load_state_dict(state["optimiser"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"'{path}' is of other parts or of another optimiser: resume it with the settings it was started with"
+            ) from error
         torch.set_rng_state(state["rng"])
         self.step = state["step"]
+
+
+def _dataset(config: TrainConfig, pm: pluggy.PluginManager) -> Any:
+    build = find("wan_datasets", config.data.name, pm).resolve()
+    try:
+        return build(**config.data.settings)
+    except TypeError as error:  # a setting that it does not have, or one of the wrong type
+        raise ValueError(f"data.settings of '{config.data.name}': {error}") from error
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by the way it was built
+        raise ValueError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to output '{folder}': {error.strerror or error}") from error
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from einops import rearrange
@@ -185,6 +186,10 @@ class WanVAE(Pretrained):
     def spec(self) -> VAESpec:
         """What this instance is, as the record that plugins list."""
         return spec_of(self.config)
+
+    def reinitialised(self, **architecture: Any) -> Self:
+        """A new VAE with fresh weights and this one's config, with the fields in `architecture` changed and no statistics yet."""
+        return super().reinitialised(**{"latents_mean": (), "latents_std": (), **architecture})
 
     @classmethod
     def read_checkpoint(cls, path: Path) -> tuple[VAEConfig, State]:

@@ -31,7 +31,7 @@ def wan_vaes() -> list[VAESpec]:
         _Spec(
             name="tiny",
             latent_space="tiny-1",
-            latent_channels=8,
+            latent_channels=16,
             stride=(4, 8, 8),
             weights="pkg:wan_vae/weights/tiny",
             summary="built in, trained on rendered moving shapes only",

@@ -26,13 +26,13 @@ class Downsample(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
         padded_BCTHW = F.pad(x_BCTHW, (0, 1, 0, 1))  # the kernel reaches over the right and bottom edge only
-        x_BCTHW = F.conv3d(padded_BCTHW, self.conv.weight.unsqueeze(2), self.conv.bias, (1, 2, 2))
+        x_BCTHW = convolve(padded_BCTHW, self.conv.weight.unsqueeze(2), self.conv.bias, stride=(1, 2, 2))
         if self.time_conv is None:
             return x_BCTHW
         joined_BCTHW = state.join(self, x_BCTHW, 1)
         if joined_BCTHW.shape[2] == 1:
             return joined_BCTHW
-        down_BCTHW = convolve(joined_BCTHW, self.time_conv.weight, self.time_conv.bias, stride=2)
+        down_BCTHW = convolve(joined_BCTHW, self.time_conv.weight, self.time_conv.bias, stride=(2, 1, 1))
         return down_BCTHW if state.started else torch.cat([x_BCTHW[:, :, :1], down_BCTHW], dim=2)
 
 
@@ -50,7 +50,7 @@ class Upsample(nn.Module):
         if self.time_conv is not None:
             x_BCTHW = self._double_time(self.time_conv, x_BCTHW, state)
         x_BCTHW = F.interpolate(x_BCTHW, scale_factor=(1.0, 2.0, 2.0), mode="nearest-exact")
-        return convolve(x_BCTHW, self.conv.weight.unsqueeze(2), self.conv.bias)
+        return convolve(x_BCTHW, self.conv.weight.unsqueeze(2), self.conv.bias, padding=(0, 1, 1))
 
     def _double_time(self, time_conv: CausalConv, x_BCTHW: Tensor, state: StreamState) -> Tensor:
         bypass = 0 if state.started else 1

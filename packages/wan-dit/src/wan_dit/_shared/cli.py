@@ -9,9 +9,16 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 USER_ERRORS = (ValueError, LookupError, OSError)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, like all others; its subcommands are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog.split()[0]}: error: {message} (see {self.prog} --help)\n")
 
 
 def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
@@ -21,9 +28,10 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
     to a log file; 130 on Ctrl-C. `--debug` shows the traceback.
     """
     args = parser.parse_args(argv)
-    warnings.showwarning = lambda message, *_, **__: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
     try:
-        return main(args) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
+            return main(args) or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -31,13 +39,21 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
     except Exception as error:
         if getattr(args, "debug", False):
             traceback.print_exc()
-        if isinstance(error, USER_ERRORS) and type(error) not in (KeyError, IndexError):
+        if _out_of_memory(error):
+            error = MemoryError(
+                f"not enough memory: {str(error).strip().splitlines()[0]}; ask for less, such as a smaller size or fewer frames"
+            )
+        if isinstance(error, (*USER_ERRORS, MemoryError)) and type(error) not in (KeyError, IndexError):
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
             return 2
         with tempfile.NamedTemporaryFile("w", prefix=f"{parser.prog}-", suffix=".log", delete=False) as log:
             log.write(traceback.format_exc())
         print(f"{parser.prog}: unexpected {type(error).__name__}: {error} (traceback in {log.name})", file=sys.stderr)
         return 1
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 def add_common(parser: argparse.ArgumentParser, *, listing: bool = False) -> None:

@@ -1,8 +1,16 @@
-from wan_text import TextEncoderSpec
-from wan_vae import VAESpec, hookimpl
+from dataclasses import replace
 
-VAE = VAESpec("acme", "acme_wan.parts:AcmeVAE", latent_space="tiny-1", latent_channels=8, stride=(4, 8, 8), summary="marks a corner")
-TEXT = TextEncoderSpec("acme", "acme_wan.parts:AcmeText", embedding_space="tiny-1", embed_dim=96, max_tokens=16)
+import wan_text.plugin
+import wan_vae.plugin
+from wan_vae import hookimpl
+
+# parts for the spaces of the built-in model
+_TINY_VAE = next(spec for spec in wan_vae.plugin.wan_vaes() if spec.name == "tiny")
+_TINY_TEXT = next(spec for spec in wan_text.plugin.wan_text_encoders() if spec.name == "tiny")
+_OWN = {"name": "acme", "weights": None, "format": None, "describe": None}
+
+VAE = replace(_TINY_VAE, **_OWN, target="acme_wan.parts:AcmeVAE", summary="marks a corner")
+TEXT = replace(_TINY_TEXT, **_OWN, target="acme_wan.parts:AcmeText", max_tokens=16)
 
 
 @hookimpl

@@ -28,7 +28,7 @@ def evaluate_model(model: str, count: int = 200, seed: int = 0, pm: PluginManage
     from wan_dit import Pipeline
 
     if count < 2:
-        raise ValueError(f"prompts is {count}: give 2 or more, one of a seen and one of a held-out combination")
+        raise ValueError(f"count is {count}: give 2 or more, one of a seen and one of a held-out combination")
     pipe = Pipeline(model, pm=pm)
     prompts = [*evaluation_prompts(count - count // 2), *evaluation_prompts(count // 2, held_out=True)]
     clips = [pipe(prompt, seed=seed + i).video for i, prompt in enumerate(tqdm(prompts, desc="clips", disable=None))]
@@ -41,7 +41,7 @@ def evaluate_vae(vae: str = "tiny", count: int = 240, pm: PluginManager | None =
     Raises ValueError where count is below 1.
     """
     if count < 1:
-        raise ValueError(f"clips is {count}: give 1 or more")
+        raise ValueError(f"count is {count}: give 1 or more")
     model = find("wan_vaes", vae, pm or plugin_manager()).load()
     dataset = Shapes(split="heldout", seed=7)
     video, prompts = dataset.video(range(count)), [_named(dataset, index) for index in range(count)]

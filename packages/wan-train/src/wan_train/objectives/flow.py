@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from wan_dit._shared.weights import fingerprint
 from wan_dit.compat import check
 from wan_dit.guidance import guided_velocity
 
-from ..parts import fresh
+from ..config import read_settings
+from ..parts import check_clips, fresh
 from ..plugins import find
 
 if TYPE_CHECKING:
@@ -44,42 +46,49 @@ class FlowSettings(BaseModel):
     architecture: dict[str, Any] = {}
     text_architecture: dict[str, Any] = {}
     train_text_encoder: bool = False
-    tokenizer: int = 0
-    clips: int = 0
-    shift: float = 3.0
+    tokenizer: int = Field(0, ge=0)
+    clips: int = Field(0, ge=0)
+    shift: float = Field(3.0, gt=0)
     logit_mean: float = 0.0
-    logit_std: float = 1.0
-    text_drop: float = 0.1
-    preview_prompts: int = 60
-    preview_steps: int = 15
-    preview_guidance: float = 2.0
+    logit_std: float = Field(1.0, ge=0)
+    text_drop: float = Field(0.1, ge=0, le=1)
+    preview_prompts: int = Field(60, gt=0)
+    preview_steps: int = Field(15, gt=0)
+    preview_guidance: float = Field(2.0, ge=0)
 
 
 class RectifiedFlow:
     """Trains a backbone, and a text encoder with it where asked; see `wan_train.contracts.Objective`."""
 
     def __init__(self, settings: dict[str, Any], dataset: Dataset, folder: Path, device: str, pm: pluggy.PluginManager) -> None:
-        self.settings = s = FlowSettings(**settings)
+        self.settings = s = read_settings(FlowSettings, settings, "objective.settings")
+        if (s.tokenizer or s.text_architecture) and (s.init != "random" or not s.train_text_encoder):
+            raise ValueError("tokenizer and text_architecture are of a text encoder trained from random weights: set train_text_encoder")
         self.dataset, self.folder, self.device = dataset, folder, device
-        specs = {
-            kind: find(f"wan_{kind}s", name, pm)
-            for kind, name in (("backbone", s.backbone), ("vae", s.vae), ("text_encoder", s.text_encoder))
-        }
+        names = {"backbone": s.backbone, "vae": s.vae, "text_encoder": s.text_encoder}
+        specs = {kind: find(f"wan_{kind}s", name, pm) for kind, name in names.items()}
         if not s.architecture and not s.text_architecture:
             check(specs["backbone"], specs["vae"], specs["text_encoder"], pm=pm)
-        self.vae = specs["vae"].load(device=device)
-        self.backbone = fresh(specs["backbone"], s.init, s.architecture, device)
         self.scheduler = find("wan_schedulers", s.scheduler, pm).load()
+        self.backbone = fresh(specs["backbone"], s.init, s.architecture, device)
         self.modules: dict[str, nn.Module] = {"backbone": self.backbone}
         if s.train_text_encoder:
-            self.text_encoder = fresh(specs["text_encoder"], s.init, s.text_architecture, device)
-            if s.tokenizer:
-                lines = (line for index in range(s.clips or len(dataset)) for line in dataset.captions(index))
-                self.text_encoder = self.text_encoder.retokenised(lines, s.tokenizer).to(device).train()
-            self.modules["text_encoder"] = self.text_encoder
-        else:
+            self.text_encoder = self.modules["text_encoder"] = self._trained_text_encoder(specs["text_encoder"])
+        check(self.backbone.spec, specs["vae"], self.text_encoder.spec if s.train_text_encoder else specs["text_encoder"], pm=pm)
+        (time, *sides), (_, *patch), clips = specs["vae"].stride, self.backbone.spec.patch, dataset.video([0])
+        check_clips(clips, (time, *(side * p for side, p in zip(sides, patch, strict=True))), *clips.shape[2:])
+        if not s.train_text_encoder:
             self.text_encoder = specs["text_encoder"].load(device=device)
+        self.vae = specs["vae"].load(dtype=torch.float32, device=device)
         self._cached: dict[str, Tensor] = {}
+
+    def _trained_text_encoder(self, spec: Any) -> Any:
+        settings = self.settings
+        encoder = fresh(spec, settings.init, settings.text_architecture, self.device)
+        if settings.tokenizer:
+            lines = (line for index in range(settings.clips or len(self.dataset)) for line in self.dataset.captions(index))
+            encoder = encoder.retokenised(lines, settings.tokenizer).to(self.device).train()
+        return encoder
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Muon may train the matrices of the blocks only: it spoils the small ones of a text encoder (docs/tiny-models.md)."""
@@ -91,9 +100,10 @@ class RectifiedFlow:
         return [{"params": matrices, "muon": True}, {"params": rest + text}]
 
     def prepare(self) -> None:
-        """Encode the clips once; the cache is keyed by the VAE's weights and the data set."""
+        """Encode the clips once; the cache is keyed by the VAE's weights and config (the normaliser) and by the data set."""
         count = self.settings.clips or len(self.dataset)
-        key = hashlib.sha256(f"{self.vae.fingerprint()} {self.dataset.key()} {count}".encode()).hexdigest()[:16]
+        vae = f"{fingerprint(self.vae.state_dict())} {getattr(self.vae, 'config', '')}"
+        key = hashlib.sha256(f"{vae} {self.dataset.key()} {count}".encode()).hexdigest()[:16]
         path = self.folder / "cache" / f"latents-{key}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

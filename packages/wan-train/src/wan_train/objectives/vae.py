@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ..parts import fresh
+from ..config import read_settings
+from ..parts import check_clips, fresh
 from ..plugins import find
 
 if TYPE_CHECKING:
@@ -22,10 +23,10 @@ class Phase(BaseModel):
     """Until `until` (a share of the run): clips of `frames` frames, cropped to `size` pixels square, `batch` of them (0: the run's)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    until: float
-    frames: int
-    size: int
-    batch: int = 0
+    until: float = Field(gt=0)
+    frames: int = Field(gt=0)
+    size: int = Field(gt=0)
+    batch: int = Field(0, ge=0)
 
 
 class VAESettings(BaseModel):
@@ -40,22 +41,26 @@ class VAESettings(BaseModel):
     vae: str = "tiny"
     init: str = "random"
     architecture: dict[str, Any] = {}
-    phases: tuple[Phase, ...]
-    l1: float = 3.0
-    l2: float = 0.0
-    kl: float = 3e-6
-    statistics: int = 256
-    validation: int = 16
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    l1: float = Field(3.0, ge=0)
+    l2: float = Field(0.0, ge=0)
+    kl: float = Field(3e-6, ge=0)
+    statistics: int = Field(256, gt=0)
+    validation: int = Field(16, gt=0)
 
 
 class VAEObjective:
     """Trains one VAE on crops of clips; see `wan_train.contracts.Objective`."""
 
     def __init__(self, settings: dict[str, Any], dataset: Dataset, folder: Path, device: str, pm: pluggy.PluginManager) -> None:
-        self.settings = VAESettings(**settings)
+        self.settings = read_settings(VAESettings, settings, "objective.settings")
         self.dataset, self.device = dataset, device
         self.vae = fresh(find("wan_vaes", self.settings.vae, pm), self.settings.init, self.settings.architecture, device)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
+        clips = dataset.video([0])
+        check_clips(clips, self.vae.spec.stride, *clips.shape[2:])  # previews are of whole clips
+        for phase in self.settings.phases:
+            check_clips(clips, self.vae.spec.stride, phase.frames, phase.size, phase.size)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Muon may train the convolutions inside the two halves; the first and the last of each stay with AdamW."""

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import read_json
+
 State = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -42,18 +44,23 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None
 
 def _download(text: str, patterns: Sequence[str] | None) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     org, name, *inner = text.split("/", 2)
     name, _, revision = name.partition("@")
-    if inner:
-        return Path(hf_hub_download(f"{org}/{name}", inner[0], revision=revision or None))
-    return Path(snapshot_download(f"{org}/{name}", revision=revision or None, allow_patterns=list(patterns) if patterns else None))
+    try:
+        if inner:
+            return Path(hf_hub_download(f"{org}/{name}", inner[0], revision=revision or None))
+        return Path(snapshot_download(f"{org}/{name}", revision=revision or None, allow_patterns=list(patterns) if patterns else None))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"cannot fetch '{text}' from the Hub, and it is not in the cache: {reason}") from error
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
     """The `config.json` in a folder or beside a file; None where there is none."""
     config = path / "config.json" if path.is_dir() else path.with_name("config.json")
-    return json.loads(config.read_text()) if config.exists() else None
+    return read_json(config) if config.exists() else None
 
 
 def read_state(path: Path) -> State:
@@ -63,7 +70,7 @@ def read_state(path: Path) -> State:
         if not shards:
             raise FileNotFoundError(f"no .safetensors or {'/'.join(PICKLES)} file in '{path}'")
         if index := next(path.glob("*.safetensors.index.json"), None):
-            shards = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            shards = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
         return {key: value for shard in shards for key, value in read_state(shard).items()}
     try:
         if path.suffix in PICKLES:
@@ -133,7 +140,10 @@ def load_part(target: Any, source: str | None, *, dtype: Any = None, device: Any
     """What a spec's `load` does: `target.from_pretrained(source)`, or the bare target where there are no weights."""
     if source is not None:
         return target.from_pretrained(source, dtype=dtype, device=device)
-    part = target()
+    try:
+        part = target()
+    except TypeError as error:
+        raise ValueError(f"{getattr(target, '__name__', target)} cannot be made without arguments: {error}") from error
     if isinstance(part, nn.Module):
         default = default_dtype(part.state_dict(), torch.device(device or "cpu"))
         part = part.to(device or "cpu", dtype or default).eval()
@@ -175,6 +185,8 @@ def save_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, 
             file.chmod(0o644)  # safetensors writes for the owner alone
         for file in sorted(scratch.iterdir(), key=lambda file: file.suffix == ".json"):  # the config last: it makes the folder valid
             os.replace(file, folder / file.name)
+        for stale in (*folder.glob("*.index.json"), *folder.glob("*-of-*.safetensors")):  # shards of an earlier save
+            stale.unlink()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -184,9 +196,11 @@ class Pretrained(nn.Module):
 
     A subclass sets `format` and gives `read_checkpoint(path) -> (config, state in its own names)` for every layout
     it knows, and `official_names(config) -> {own name: official name}`: folders are written in official names.
+    `hub_files` are the patterns of what it needs of a Hub repository, None for all.
     """
 
     format: ClassVar[str]
+    hub_files: ClassVar[Sequence[str] | None] = None
     config: Any
 
     @classmethod
@@ -203,7 +217,7 @@ class Pretrained(nn.Module):
 
         dtype None is fp32 on a CPU and the checkpoint's own on a GPU (bf16 where that is fp32); device None is the CPU.
         """
-        path = locate(source)
+        path = locate(source, cls.hub_files)
         config, state = cls.read_checkpoint(path)
         return build(lambda: cls(config), state, dtype=dtype, device=device, source=path)
 

@@ -1,0 +1,233 @@
+"""How far ours is from the official code and from the reference libraries: `python bench/parity.py docs/parity.md`.
+
+The cases, configurations and references are those of the packages' tests; this measures what those assert.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from package_tests import PACKAGES, load
+from page import header, machine, table
+from references import vae_pair
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from wan_dit.config import T2V_1_3B, T2V_14B
+from wan_dit.model import WanDiT
+from wan_dit.schedulers import UniPC
+from wan_text._shared.weights import build
+from wan_text.checkpoint import read_encoder
+from wan_text.config import XXL
+from wan_text.tokenizer import clean
+from wan_text.umt5 import UMT5Encoder, relative_buckets
+from wan_vae.config import WAN21, WAN22
+from wan_vae.model import WanVAE
+from wan_vae.testing import difference
+
+SUMMARY = """
+In fp32 on a CPU, with every tensor random: those that a new model has at zero or one are re-drawn first. A difference is the
+largest absolute one over max(1, largest absolute reference), unless it says otherwise; 0 means equal to the bit. The tests of
+the packages assert the limits; this page says how far inside them the code is.
+"""
+OFFICIAL = """Numbers that the official code (Wan2.1 at 9737cba9, Wan2.2 at 42bf4cfa) computed with tiny random models, read through our
+official-layout loader. "Used" is the largest error as a share of what the case allows, atol + rtol * |reference|.
+"""
+LIBRARIES = """The same random weights in both, over several small configurations a row; the worst of them.
+"""
+SIZES = """Built on the meta device from the preset; every tensor has its place in the published checkpoint.
+"""
+Row = list[str]
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def golden() -> Iterator[Row]:
+    """One row a case of the official code."""
+    vae, dit = load("wan-vae", "test_vae_golden"), load("wan-dit", "test_dit_golden")
+    for name in vae.CASES:
+        yield official_row(name, "moments, latents, video", *in_folder(lambda folder, name=name: vae_pairs(vae.Case(name, folder))))
+    yield official_row("text_umt5", "hidden states of prompts of several lengths", *in_folder(text_pairs))
+    for name in (*dit.CASES, "dit_ti2v_22"):
+        yield official_row(name, "velocity", *in_folder(lambda folder, name=name: dit_pairs(dit, name, folder)))
+    pairs, *allowed = scheduler_pairs()
+    yield official_row("schedulers", f"UniPC: trajectories of {len(pairs)} grids", pairs, *allowed)
+    yield ["text_buckets", "relative position buckets", f"{bucket_errors()} wrong", "exact", "-"]
+    yield ["text_clean", "cleaned prompts, three modes", f"{cleaning_errors()} wrong", "exact", "-"]
+
+
+def official_row(name: str, what: str, pairs: Pairs, atol: float, rtol: float) -> Row:
+    worst = max(difference(got, expected) for got, expected in pairs)
+    used = max(float(((got - expected).abs() / (atol + rtol * expected.abs())).max()) for got, expected in pairs)
+    return [name, what, f"{worst:.1e}", f"atol {atol:.0e}, rtol {rtol:.0e}", f"{used:.0%}"]
+
+
+def in_folder(measure: Callable[[Path], tuple[Pairs, float, float]]) -> tuple[Pairs, float, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(Path(folder))
+
+
+def vae_pairs(case: Any) -> tuple[Pairs, float, float]:
+    pairs: Pairs = []
+    for name, video in case.calls("encode"):
+        kept = case.kept(video)
+        got = (*case.vae.moments(kept), case.vae.encode(kept))
+        pairs += [(value, case.output(name, output)) for value, output in zip(got, ("mean", "log_var", "mean_normalised"), strict=True)]
+    pairs += [(case.vae.decode(latents), case.output(name, "video").clamp(-1, 1)) for name, latents in case.calls("decode")]
+    return pairs, case.about["tolerance"]["atol"], case.about["tolerance"]["rtol"]
+
+
+def dit_pairs(module: Any, name: str, folder: Path) -> tuple[Pairs, float, float]:
+    pairs: Pairs = []
+
+    class Recorded(module.Case):
+        def excess(self, velocity: Tensor, name: str) -> float:
+            pairs.append((velocity, self.tensors[name]))
+            return float(super().excess(velocity, name))
+
+    case = Recorded(name, folder)
+    case.worst()
+    return pairs, case.about["tolerance"]["atol"], case.about["tolerance"]["rtol"]
+
+
+def text_case(name: str) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((PACKAGES / "wan-text" / "tests" / "golden" / f"{name}.json").read_text(encoding="utf-8"))
+    return about
+
+
+def text_tensors(name: str) -> dict[str, Tensor]:
+    return load_file(PACKAGES / "wan-text" / "tests" / "golden" / f"{name}.safetensors")
+
+
+def text_pairs(folder: Path) -> tuple[Pairs, float, float]:
+    about, tensors = text_case("text_umt5"), text_tensors("text_umt5")
+    official = {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
+    torch.save(official, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    config, state = read_encoder(folder)
+    encoder, pairs = build(lambda: UMT5Encoder(config), state), []
+    for call in about["calls"]:
+        hidden = encoder(*(tensors[call["args"][argument]] for argument in ("ids", "mask")))
+        expected = next(value for key, value in tensors.items() if key.startswith(f"outputs/{call['name']}"))
+        pairs += [(row[:length], reference[:length]) for row, reference, length in zip(hidden, expected, call["lengths"], strict=True)]
+    return pairs, about["tolerance"]["atol"], about["tolerance"]["rtol"]
+
+
+def scheduler_pairs() -> tuple[Pairs, float, float]:
+    module, unipc, pairs = load("wan-dit", "test_dit_scheduler_golden"), UniPC(), []
+    for run in module.CASE["runs"]:
+        if run["solver"] == "unipc":
+            schedule = unipc.schedule(run["steps"], run["shift"])
+            state, samples = unipc.start(schedule), [module.TENSORS["inputs/x"]]
+            for t in schedule.timesteps:
+                x = samples[-1]
+                samples.append(unipc.step(state, torch.sin(3 * x) * (0.5 + t / 1000) + 0.1 * x, x))
+            pairs.append((torch.stack(samples), module.TENSORS[f"outputs/{run['name']}/trajectory"]))
+    return pairs, module.CASE["tolerance"]["trajectory_atol"], module.CASE["tolerance"]["trajectory_rtol"]
+
+
+def bucket_errors() -> int:
+    about, tensors = text_case("text_buckets"), text_tensors("text_buckets")
+    wrong = 0
+    for variant in about["config"]["cases"]:
+        buckets, farthest, both = variant["num_buckets"], variant["max_dist"], variant["bidirectional"]
+        got = relative_buckets(tensors["inputs/relative_position"], buckets, farthest, bidirectional=both)
+        wrong += int((got != tensors[f"outputs/buckets_{buckets}_{'bi' if both else 'uni'}_{farthest}"]).sum())
+    return wrong
+
+
+def cleaning_errors() -> int:
+    modes: Any = ("whitespace", "lower", "canonicalize")
+    return sum(clean(row["raw"], mode) != row[mode] for row in text_case("text_clean")["rows"] for mode in modes)
+
+
+def libraries() -> Iterator[Row]:
+    """One row a reference class of diffusers and transformers."""
+    vae, text, dit = load("wan-vae", "test_vae_diffusers"), load("wan-text", "test_text_parity"), load("wan-dit", "test_dit_diffusers")
+    encoded, decoded = zip(*(vae_differences(config) for config in vae.CONFIGS.values()), strict=True)
+    count = f"{len(encoded)} configurations"
+    yield ["VAE encode", f"diffusers AutoencoderKLWan, {count}", f"{max(encoded):.1e}", "1e-05"]
+    yield ["VAE decode", f"diffusers AutoencoderKLWan, {count}", f"{max(decoded):.1e}", "1e-05"]
+    for attention, limit in (("sdpa", "3e-06"), ("eager", "0, with `exact=True`")):
+        worst = max(text_difference(text, sizes, attention) for sizes in text.SIZES)
+        yield ["umT5", f"transformers UMT5EncoderModel ({attention}), {len(text.SIZES)} configurations", f"{worst:.1e}", limit]
+    worst = max(dit_difference(dit, seed) for seed in range(len(dit.CONFIGS)))
+    yield ["backbone", f"diffusers WanTransformer3DModel, {len(dit.CONFIGS)} configurations", f"{worst:.1e} (relative L2)", "1e-05"]
+    yield ["UniPC", "diffusers UniPCMultistepScheduler on the official grid, 36 grids", f"{unipc_difference():.1e}", "0"]
+
+
+def vae_differences(config: Any) -> tuple[float, float]:
+    ours, theirs = vae_pair(config)
+    (time, height, width), generator = ours.spec.stride, torch.Generator().manual_seed(0)
+    video = torch.rand(1, 3, 13, 2 * height, 3 * width, generator=generator) * 2 - 1  # 13: the reference takes 1 + 4k whatever the stride
+    latents = torch.randn(1, config.z_dim, 1 + 12 // time, 2, 3, generator=generator)
+    encoded = difference(ours.encode(video), theirs.encode(video).latent_dist.mean)
+    return encoded, difference(ours.decode(latents), theirs.decode(latents).sample)
+
+
+def text_difference(module: Any, sizes: dict[str, int], attention: str) -> float:
+    ours, theirs = module.pair(sizes, attention)
+    ids, mask = module.batch(sizes)
+    got, expected = ours(ids, mask, exact=attention == "eager"), theirs(ids, mask).last_hidden_state
+    return difference(got[mask.bool()], expected[mask.bool()])
+
+
+def dit_difference(module: Any, seed: int) -> float:
+    theirs, generator = module.reference(module.CONFIGS[seed], seed), torch.Generator().manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = WanDiT.from_pretrained(folder)
+    latents, timestep = torch.randn(2, ours.config.in_dim, 3, 4, 6, generator=generator), torch.tensor([999.0, 271.0])
+    prompts = [torch.randn(length, ours.config.text_dim, generator=generator) for length in (7, 30)]
+    rows = torch.stack([nn.functional.pad(tokens, (0, 0, 0, ours.config.text_len - len(tokens))) for tokens in prompts])
+    expected = theirs(latents, timestep, rows, return_dict=False)[0]
+    return float((ours(latents, timestep, ours.encode_context(prompts)) - expected).norm() / expected.norm())
+
+
+def unipc_difference() -> float:
+    import numpy as np
+
+    module = load("wan-dit", "test_dit_scheduler_adapter")
+    worst = 0.0
+    for steps, shift in module.GRIDS:
+        solver = module.theirs.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        solver.set_timesteps(sigmas=np.linspace(module.SIGMA_MAX, 0, steps + 1)[:-1])
+        pairs = zip(module.trajectory(UniPC(), steps, shift), module.plain_trajectory(solver), strict=True)
+        worst = max(worst, *(difference(got, expected) for got, expected in pairs))
+    return worst
+
+
+def sizes() -> Iterator[Row]:
+    """Parameters and tensors of the published models."""
+    published: tuple[tuple[str, Callable[[], nn.Module]], ...] = (
+        ("Wan2.1 VAE", lambda: WanVAE(WAN21)),
+        ("Wan2.2 VAE", lambda: WanVAE(WAN22)),
+        ("umT5-XXL encoder", lambda: UMT5Encoder(XXL)),
+        ("Wan2.1 T2V 1.3B", lambda: WanDiT(T2V_1_3B)),
+        ("Wan2.1 T2V 14B", lambda: WanDiT(T2V_14B)),
+    )
+    for name, make in published:
+        with torch.device("meta"):
+            state = make().state_dict()
+        yield [name, f"{sum(value.numel() for value in state.values()):,}", str(len(state))]
+
+
+def main(target: Path) -> None:
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        official, library = list(golden()), list(libraries())
+    parts = [
+        header("Parity", "parity", SUMMARY),
+        machine(torch.get_num_threads()),
+        f"## The official code\n\n{OFFICIAL}\n{table(['case', 'what', 'difference', 'allowed', 'used'], official)}",
+        f"## diffusers and transformers\n\n{LIBRARIES}\n{table(['part', 'reference', 'difference', 'limit'], library)}",
+        f"## Published models\n\n{SIZES}\n{table(['model', 'parameters', 'tensors'], list(sizes()))}",
+    ]
+    target.write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

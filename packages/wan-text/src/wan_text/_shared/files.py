@@ -1,0 +1,45 @@
+"""Files that appear whole or not at all, and JSON that is read with its file's name in every error."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new scratch file beside `path` that takes its name at the end; on any error or interrupt it is deleted.
+
+    Links are followed and missing folders made. Raises OSError or ValueError at once where `path` cannot be written.
+    """
+    final = Path(os.path.realpath(path))
+    if final.exists() and not final.is_file():
+        raise ValueError(f"cannot write '{path}': it exists and is not a file")
+    scratch = final.with_name(f".{final.stem}.{secrets.token_hex(4)}{final.suffix}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        scratch.touch(exist_ok=False)
+    except OSError as error:
+        raise OSError(f"cannot write '{path}': {error.strerror}") from error
+    try:
+        yield scratch
+        scratch.chmod(0o644)  # some writers leave a file that its owner alone can read
+        os.replace(scratch, final)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError names the file where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{path}' is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"'{path}' holds a {type(found).__name__}, expected a JSON object")
+    return found

@@ -1,0 +1,98 @@
+"""Recipes that train in seconds: a VAE of 4 channels, and a backbone of 1 layer over the latents of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from wan_train.config import TrainConfig
+from wan_vae.config import VAEConfig
+from wan_vae.model import WanVAE
+
+Recipe = Callable[..., TrainConfig]
+
+RUN = """
+name = "micro"
+output = "{output}"
+steps = 6
+batch_size = 2
+ema = 0.9
+threads = 1
+log_every = 1
+preview_every = 0
+save_every = 3
+
+[data]
+name = "shapes"
+settings = {{frames = 5, size = [16, 16], length = 4}}
+
+[optimiser]
+name = "muon"
+lr = 2e-3
+
+[objective]
+"""
+VAE = """
+name = "vae"
+
+[objective.settings]
+architecture = {base_dim = 4, decoder_base_dim = 4, z_dim = 4}
+phases = [{until = 1.0, frames = 5, size = 16}]
+statistics = 4
+validation = 2
+"""
+FLOW = """
+name = "rectified-flow"
+
+[objective.settings]
+vae = "{vae}"
+architecture = {{dim = 32, ffn_dim = 32, num_heads = 2, num_layers = 1, in_dim = 4, out_dim = 4}}
+text_architecture = {{num_layers = 1}}
+train_text_encoder = true
+clips = 3
+preview_prompts = 2
+preview_steps = 2
+"""
+
+
+@pytest.fixture(scope="session")
+def micro_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained VAE of 4 latent channels that are nearly normalised."""
+    torch.manual_seed(0)
+    config = VAEConfig(
+        base_dim=4, decoder_base_dim=4, z_dim=4, dim_mult=(1, 2, 2), temporal_downsample=(True, True), num_res_blocks=1,
+        residual=True, patch_size=2, latents_mean=(0.0,) * 4, latents_std=(0.5,) * 4, latent_space="tiny-1",
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("parts") / "vae"
+    WanVAE(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def vae_toml(tmp_path: Path) -> Path:
+    """A recipe that trains a VAE into the folder `run`."""
+    path = tmp_path / "vae.toml"
+    path.write_text(RUN.format(output=tmp_path / "run") + VAE)
+    return path
+
+
+@pytest.fixture
+def flow_toml(tmp_path: Path, micro_vae: Path) -> Path:
+    """A recipe that trains a backbone and a text encoder into the folder `run`."""
+    path = tmp_path / "flow.toml"
+    path.write_text(RUN.format(output=tmp_path / "run") + FLOW.format(vae=micro_vae))
+    return path
+
+
+@pytest.fixture
+def vae_recipe(vae_toml: Path) -> Recipe:
+    """`vae_recipe("steps=3", ...)`: the recipe with overrides."""
+    return lambda *overrides: TrainConfig.from_toml(vae_toml, list(overrides))
+
+
+@pytest.fixture
+def flow_recipe(flow_toml: Path) -> Recipe:
+    """`flow_recipe("steps=3", ...)`: the recipe with overrides."""
+    return lambda *overrides: TrainConfig.from_toml(flow_toml, list(overrides))

@@ -1,0 +1,334 @@
+"""The training loop on models of a few thousand weights: it learns, resumes to the bit, survives a kill, and leaves what it says."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from wan_dit import Pipeline
+from wan_train import TrainConfig, Trainer, checkpoint
+from wan_train.data.shapes import Shapes
+from wan_train.optim import EMA, Optimiser
+from wan_train.plugins import find
+
+Recipe = Callable[..., TrainConfig]
+
+AWKWARD = '''
+"""The shapes, whose clips stall or break at one call."""
+import time
+from pathlib import Path
+
+from wan_train.data.shapes import Shapes
+
+
+class Awkward(Shapes):
+    def __init__(self, stall_at=0, break_at=0, marker="", **settings):
+        super().__init__(**settings)
+        self.calls, self.stall_at, self.break_at, self.marker = 0, stall_at, break_at, marker
+
+    def video(self, indices):
+        self.calls += 1
+        if self.calls == self.stall_at:
+            Path(self.marker).touch()
+            time.sleep(600)
+        video = super().video(indices)
+        return video * float("inf") if self.calls == self.break_at else video
+'''
+
+
+@pytest.fixture(params=["vae", "flow"])
+def recipe(request: pytest.FixtureRequest) -> Recipe:
+    return request.getfixturevalue(f"{request.param}_recipe")
+
+
+@pytest.fixture
+def awkward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a module with the data set `awkward:Awkward`."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "awkward.py").write_text(AWKWARD)
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The log without the times."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of a nested state by its path."""
+    if isinstance(value, dict | list | tuple):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {name: leaf for key, inner in pairs for name, leaf in flat(inner, f"{path}/{key}").items()}
+    return {path: value}
+
+
+def differences(first: Path, second: Path) -> set[str]:
+    """The parts of two checkpoints that are not equal to the bit."""
+    a, b = flat(checkpoint.load(first)), flat(checkpoint.load(second))
+    assert set(a) == set(b)
+    return {name.split("/")[1] for name in a if not (torch.equal(a[name], b[name]) if isinstance(a[name], Tensor) else a[name] == b[name])}
+
+
+def exported(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted((folder / "export").rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize("lr", [1e-2, 1e-12])
+def test_the_loss_falls(recipe: Recipe, lr: float) -> None:
+    trainer = Trainer(recipe("steps=16", f"optimiser.lr={lr}", f"optimiser.muon_lr={4 * lr}", "save_every=0"))
+
+    @torch.no_grad()
+    def loss() -> float:
+        return sum(trainer.objective.loss(4, torch.Generator().manual_seed(seed), 0.0)[0].item() for seed in range(4)) / 4
+
+    trainer.objective.prepare()
+    before = loss()
+    trainer.run()
+    assert (loss() < 0.8 * before) is (lr > 1e-6)  # and does not where nothing is learned
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_ends_with_the_same_bits(recipe: Recipe, tmp_path: Path, precision: str) -> None:
+    settings = [f"precision={precision}", "optimiser.schedule=cosine", "optimiser.warmup=2", "preview_every=6"]
+    whole, half = recipe(*settings, f"output={tmp_path / 'whole'}"), recipe(*settings, f"output={tmp_path / 'half'}")
+    Trainer(whole).run()
+    Trainer(half).run(until=3)
+    assert [record["step"] for record in lines(half.output)] == [1, 2, 3]
+    assert not (half.output / "export").exists()
+    torch.manual_seed(123)  # a new process has another state
+    Trainer(half).run(resume=True)
+    assert differences(whole.output / "checkpoint.pt", half.output / "checkpoint.pt") == set()
+    assert lines(whole.output) == lines(half.output)
+    assert exported(whole.output) == exported(half.output)
+    assert (whole.output / "previews" / "000006.png").read_bytes() == (half.output / "previews" / "000006.png").read_bytes()
+
+
+@pytest.mark.parametrize("forgotten", ["optimiser", "ema", "seed"])
+def test_a_resume_that_forgets_something_ends_with_other_bits(
+    vae_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str
+) -> None:
+    whole, half = vae_recipe(f"output={tmp_path / 'whole'}"), vae_recipe(f"output={tmp_path / 'half'}")
+    Trainer(whole).run()
+    Trainer(half).run(until=3)
+    if forgotten == "optimiser":
+        monkeypatch.setattr(Optimiser, "load_state_dict", lambda self, states: None)
+    resumed = Trainer(half if forgotten != "seed" else vae_recipe(f"output={tmp_path / 'half'}", "seed=1"))
+    if forgotten == "ema":
+        resumed.ema = EMA(resumed.objective.modules, 0.9)
+        fresh = {name: {key: value.clone() for key, value in module.state_dict().items()} for name, module in resumed.ema.modules.items()}
+        resumed.load(half.output / "checkpoint.pt")
+        for name, module in resumed.ema.modules.items():
+            module.load_state_dict(fresh[name])
+        resumed.run()
+    else:
+        resumed.run(resume=True)
+    changed = differences(whole.output / "checkpoint.pt", half.output / "checkpoint.pt")
+    assert changed >= ({"ema"} if forgotten == "ema" else {"modules", "ema", "optimiser"})
+
+
+def test_a_killed_run_resumes_to_the_bits_of_one_that_was_not(vae_toml: Path, vae_recipe: Recipe, tmp_path: Path, awkward: Path) -> None:
+    marker, killed, whole = tmp_path / "stalled", tmp_path / "killed", tmp_path / "whole"
+    data = ["data.name=awkward:Awkward", "save_every=2"]
+    stall = [f"data.settings.marker={marker}", "data.settings.stall_at=7"]  # one call at the start and one a step: within step 6
+    command = [sys.executable, "-m", "wan_train", "run", str(vae_toml), *data, *stall, f"output={killed}"]
+    with subprocess.Popen(command, env={"PYTHONPATH": str(awkward), "PATH": "", "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE) as process:
+        try:
+            while not marker.exists():
+                assert process.poll() is None, process.stderr and process.stderr.read().decode()
+                time.sleep(0.02)
+        finally:
+            process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert checkpoint.load(killed / "checkpoint.pt")["step"] == 4
+    assert [record["step"] for record in lines(killed)] == [1, 2, 3, 4, 5]
+    Trainer(vae_recipe(*data, f"output={killed}")).run(resume=True)
+    Trainer(vae_recipe(*data, f"output={whole}")).run()
+    assert [record["step"] for record in lines(killed)] == [1, 2, 3, 4, 5, 6]
+    assert lines(killed) == lines(whole)
+    assert differences(whole / "checkpoint.pt", killed / "checkpoint.pt") == set()
+    assert exported(whole) == exported(killed)
+
+
+class Halt:
+    """Ends the writing half-way, as a kill would."""
+
+    def __reduce__(self) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"step": 1, "x": torch.ones(3)})
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, {"step": 2, "x": torch.zeros(3), "bomb": Halt()})
+    assert checkpoint.load(path)["step"] == 1
+    checkpoint.save(path, {"step": 3, "x": torch.zeros(3)})
+    assert checkpoint.load(path)["step"] == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def points(folder: Path, name: str = "loss") -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_logs_have_each_step_once_after_a_resume(vae_recipe: Recipe) -> None:
+    config = vae_recipe("save_every=2")
+    Trainer(config).run(until=3)
+    Trainer(config).run(until=5)  # from the start again, into the same folder
+    assert checkpoint.load(config.output / "checkpoint.pt")["step"] == 5
+    with (config.output / "log.jsonl").open("a") as log:
+        log.write('{"step": 6, "loss": 0.5}\n{"step": 7, "lo')  # of a step that was not saved, and one cut short by a kill
+    Trainer(config).run(resume=True)
+    assert [record["step"] for record in lines(config.output)] == [1, 2, 3, 4, 5, 6]
+    assert lines(config.output)[5]["loss"] != 0.5
+    assert [step for step, _ in points(config.output)] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in points(config.output)] == pytest.approx([record["loss"] for record in lines(config.output)], abs=1e-5)
+
+
+def test_figures_are_logged_when_they_are_due(vae_recipe: Recipe) -> None:
+    config = vae_recipe("log_every=2", "preview_every=4", "save_every=4", "steps=5", "optimiser.warmup=10")
+    Trainer(config).run()
+    records = lines(config.output)
+    assert [record["step"] for record in records if "loss" in record] == [2, 4, 5]
+    assert [record["step"] for record in records if "val_psnr" in record] == [4, 5]
+    assert [record["lr_share"] for record in records if "loss" in record] == pytest.approx([0.2, 0.4, 0.5])
+    assert {"loss", "l1", "kl", "psnr", "grad_norm", "lr_share", "step"} == set(records[0])
+    assert checkpoint.load(config.output / "checkpoint.pt")["step"] == 5
+    assert json.loads((config.output / "config.json").read_text())["steps"] == 5
+
+
+def test_a_preview_is_a_grid_of_clips_by_frames(vae_recipe: Recipe) -> None:
+    config = vae_recipe("preview_every=2", "steps=3", "ema=0")
+    trainer = Trainer(config)
+    modes: list[bool] = []
+    preview = trainer.objective.preview
+
+    def watched(modules: dict[str, Any]) -> Any:
+        modes.append(modules["vae"].training)
+        return preview(modules)
+
+    trainer.objective.preview = watched  # type: ignore[method-assign]
+    trainer.run()
+    assert modes == [False, False]  # without averages the live model is previewed, in eval mode
+    assert trainer.objective.modules["vae"].training
+    assert sorted(file.name for file in (config.output / "previews").iterdir()) == ["000002.png", "000003.png"]
+    with Image.open(config.output / "previews" / "000002.png") as sheet:
+        tile, gap = 160, 4  # 16 pixels, enlarged
+        assert sheet.size == (6 * (tile + gap) + gap, 4 * (tile + gap) + gap)  # 2 clips, 2 reconstructions, 6 frames of each
+        clip = Shapes(frames=5, size=(16, 16), length=4).video([4])[0]
+        for column, frame in enumerate((0, 1, 2, 2, 3, 4)):
+            left = gap + column * (tile + gap)
+            expected = ((clip[:, frame, 5, 8] + 1) * 127.5).round().tolist()
+            assert sheet.getpixel((left + 85, gap + 55)) == tuple(int(value) for value in expected)
+
+
+def test_the_export_of_a_vae_is_its_averaged_weights(vae_recipe: Recipe) -> None:
+    config = vae_recipe()
+    folder = Trainer(config).run()
+    assert folder == config.output / "export"
+    state = checkpoint.load(config.output / "checkpoint.pt")
+    own = find("wan_vaes", str(folder / "vae")).load().state_dict()
+    assert all(torch.equal(own[name], value.half().float()) for name, value in state["ema"]["vae"].items())
+    assert not all(torch.equal(own[name], value.half().float()) for name, value in state["modules"]["vae"].items())
+
+
+def test_the_exported_parts_of_a_text_to_video_run_generate(flow_recipe: Recipe, micro_vae: Path) -> None:
+    config = flow_recipe("optimiser.lr=0.01")
+    folder = Trainer(config).run()
+    state = checkpoint.load(config.output / "checkpoint.pt")
+    for part, kind in (("backbone", "wan_backbones"), ("text_encoder", "wan_text_encoders")):
+        own = find(kind, str(folder / part)).load().state_dict()
+        assert all(torch.equal(own[name], value.half().float()) for name, value in state["ema"][part].items())
+        assert not all(torch.equal(own[name], value.half().float()) for name, value in state["modules"][part].items())
+    parts = {"vae": str(micro_vae), "backbone": str(folder / "backbone"), "text_encoder": str(folder / "text_encoder")}
+    result = Pipeline("tiny", **parts)("a red circle moves left", steps=2, frames=5, size=(16, 16))
+    assert result.video.shape == (1, 3, 5, 16, 16)
+
+
+def test_a_frozen_text_encoder_is_not_exported(flow_recipe: Recipe) -> None:
+    config = flow_recipe("steps=1", "objective.settings.train_text_encoder=false", "objective.settings.text_architecture={}")
+    assert [file.name for file in Trainer(config).run().iterdir()] == ["backbone"]
+
+
+def test_a_second_run_reuses_the_latents(flow_recipe: Recipe) -> None:
+    config = flow_recipe("steps=1")
+    Trainer(config).run()
+    (cache,) = (config.output / "cache").iterdir()
+    before = cache.stat()
+    Trainer(config).run(resume=True)
+    (again,) = (config.output / "cache").iterdir()
+    assert (again, again.stat().st_mtime_ns, again.stat().st_ino) == (cache, before.st_mtime_ns, before.st_ino)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(vae_recipe: Recipe, awkward: Path) -> None:
+    config = vae_recipe("data.name=awkward:Awkward", "data.settings.break_at=4", "save_every=1", "log_every=1")
+    trainer = Trainer(config)
+    with pytest.raises(ValueError, match=r"^the loss is (nan|inf) at step 3: lower optimiser\.lr.*--resume$"):
+        trainer.run()
+    saved = checkpoint.load(config.output / "checkpoint.pt")
+    assert saved["step"] == 2
+    assert differences(config.output / "checkpoint.pt", _saved(trainer, config)) == set()
+    assert [record["step"] for record in lines(config.output)] == [1, 2]
+    assert all(value.isfinite().all() for value in saved["modules"]["vae"].values())
+
+
+def _saved(trainer: Trainer, config: TrainConfig) -> Path:
+    trainer.save(config.output / "after.pt")
+    return config.output / "after.pt"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["steps=2"], r"is at step 3, past the 2 steps of this recipe"),
+        (["objective.settings.architecture.z_dim=6"], r"is of other parts or of another optimiser: resume it with the settings"),
+        (["optimiser.name=adamw"], r"is of other parts or of another optimiser"),
+        (["output=nowhere"], r"no checkpoint at 'nowhere/checkpoint\.pt': start the run without --resume"),
+    ],
+)
+def test_a_resume_that_does_not_fit_says_so(
+    vae_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Trainer(vae_recipe()).run(until=3)
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        Trainer(vae_recipe(*overrides)).run(resume=True)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+    assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut short"])
+def test_a_file_that_is_no_checkpoint_says_so(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt' is not a checkpoint"):
+        checkpoint.load(path)
+
+
+def test_what_the_machine_or_the_data_cannot_do_is_said_at_once(vae_recipe: Recipe) -> None:
+    with pytest.raises(ValueError, match=r"device 'nowhere' cannot be used here: .*"):
+        Trainer(vae_recipe("device=nowhere"))
+    with pytest.raises(ValueError, match=r"data\.settings of 'shapes': .*'colour'"):
+        Trainer(vae_recipe("data.settings.colour=red"))
+    with pytest.raises(LookupError, match=r"no dataset named 'shape'.*did you mean 'shapes'"):
+        Trainer(vae_recipe("data.name=shape"))
+    with pytest.raises(LookupError, match=r"no objective named 'vea'.*did you mean 'vae'"):
+        Trainer(vae_recipe("objective.name=vea"))
