@@ -24,14 +24,20 @@ SOURCES = {name: ROOT / "packages" / name / "src" / name.replace("-", "_") for n
 SHARED_SOURCE, SHARED_COPIES = "wan-vae", ["wan-text", "wan-dit"]
 
 VENV = ROOT / ".venv"
+STAMPS = "installed"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 CONSTRAINTS = ROOT / "constraints.txt"
 BUILD = ["hatchling", "editables"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "build", "diffusers", "transformers", "scikit-image", "scikit-video"]
 LINT = ["ruff"]
 TYPES = ["mypy", "types-tqdm"]
-DOCS = ["mkdocs-material", "mkdocstrings-python"]
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # processes, not threads, fill the cores
+DOCS = ["mkdocs-material", "mkdocstrings-python", "ruff"]  # ruff formats signatures
+TINY = {  # recipe -> trained part -> the package that carries it
+    "tiny-vae": {},
+    "tiny-vae-refine": {"vae": "wan-vae"},
+    "tiny-t2v": {"backbone": "wan-dit", "text_encoder": "wan-text"},
+}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tiny models are slower on more, above all where something else runs
 
 
 @nox.session(venv_backend="none")
@@ -47,7 +53,7 @@ def demo(session: nox.Session) -> None:
     environment(session)
     prompt = session.posargs or ["a red circle moves left"]
     (ROOT / "outputs").mkdir(exist_ok=True)
-    session.run(str(BIN / "wan-dit"), "generate", *prompt, "--output", "outputs", external=True)
+    session.run(str(BIN / "wan-dit"), "generate", *prompt, "--output", "outputs", env=ONE_THREAD, external=True)
 
 
 @nox.session(venv_backend="none")
@@ -83,7 +89,7 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation into site/; `-- serve` shows it while you write."""
     install(session, *DOCS)
-    session.run("mkdocs", *(session.posargs or ["build", "--strict"]))
+    session.run("mkdocs", *(session.posargs or ["build", "--strict"]), env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(venv_backend="none")
@@ -92,6 +98,17 @@ def bench(session: nox.Session) -> None:
     environment(session, *TEST)
     for script in session.posargs or ["parity", "benchmarks"]:
         session.run(str(BIN / "python"), f"bench/{script}.py", f"docs/{script}.md", env=ONE_THREAD, external=True)
+
+
+@nox.session(venv_backend="none")
+def tiny(session: nox.Session) -> None:
+    """Train the built-in models again, about 75 minutes of one core, and put them, their logs and curves in place."""
+    environment(session)
+    for recipe, parts in TINY.items():
+        session.run(str(BIN / "wan-train"), "run", recipe, env=ONE_THREAD, external=True)
+        for part, package in parts.items():
+            shutil.copytree(f"runs/{recipe}/export/{part}", SOURCES[package] / "weights" / "tiny", dirs_exist_ok=True)
+    session.run(str(BIN / "python"), "bench/curves.py", *(f"runs/{recipe}" for recipe in TINY), "docs/training", external=True)
 
 
 @nox.session
@@ -124,26 +141,32 @@ def install(session: nox.Session, *requirements: str) -> None:
 
 
 def environment(session: nox.Session, *requirements: str) -> None:
-    """Complete .venv with torch, the four packages (editable) and `requirements`; nothing to do where a stamp says so.
+    """Complete .venv with torch, the four packages (editable) and `requirements`; what a stamp says is there is left alone.
 
     WAN_TORCH_INDEX: package index that torch itself is taken from, such as one with builds for a given accelerator.
     """
-    index = os.environ.get("WAN_TORCH_INDEX", "")
-    state = hashlib.sha256(f"{sys.version} {index} {VENV} {sorted(requirements)}".encode())
-    for file in (CONSTRAINTS, *(ROOT / "packages" / name / "pyproject.toml" for name in PACKAGES)):
-        state.update(file.read_bytes())
-    stamp = VENV / "installed" / state.hexdigest()
-    if stamp.exists() and (BIN / "wan-dit").exists():
-        return
     if not (BIN / "python").exists():
+        shutil.rmtree(VENV / STAMPS, ignore_errors=True)
         session.run(sys.executable, "-m", "virtualenv", "--quiet", str(VENV), external=True)
-    if index:
-        pip_install(session, "--no-deps", "--index-url", index, "torch")
-    pip_install(session, "torch", *BUILD)
-    editable = [argument for name in PACKAGES for argument in ("-e", f"packages/{name}")]
-    pip_install(session, "--no-build-isolation", *editable, *requirements)
+    index = os.environ.get("WAN_TORCH_INDEX", "")
+    projects = [(ROOT / "packages" / name / "pyproject.toml").read_text() for name in PACKAGES]
+    if stamp := missing(index, *projects):
+        if index:
+            pip_install(session, "--no-deps", "--index-url", index, "torch")
+        pip_install(session, "torch", *BUILD)
+        pip_install(session, "--no-build-isolation", *(argument for name in PACKAGES for argument in ("-e", f"packages/{name}")))
+        stamp.touch()
+    if requirements and (stamp := missing(*requirements)):
+        pip_install(session, *requirements)
+        stamp.touch()
+
+
+def missing(*parts: str) -> Path | None:
+    """The stamp that stands for `parts`, installed with these constraints at this place; None where it is there."""
+    state = hashlib.sha256("\0".join((str(VENV), CONSTRAINTS.read_text(), *parts)).encode())
+    stamp = VENV / STAMPS / state.hexdigest()
     stamp.parent.mkdir(exist_ok=True)
-    stamp.touch()
+    return None if stamp.exists() else stamp
 
 
 def pip_install(session: nox.Session, *arguments: str) -> None:

@@ -1,6 +1,6 @@
 """Interleaved timing: ours and the reference alternate, so that whatever else the machine does falls on both.
 
-CPU time of one thread where both run in this process: on an idle machine it is the wall time, on a busy one it still holds.
+Times are CPU time of one thread: on an idle machine that is the wall time, on a busy one it still holds.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["wan-vae", "wan-text", "wan-dit", "wan-train"]
 SOURCES = {name: ROOT / "packages" / name / "src" / name.replace("-", "_") for name in PACKAGES}
-SESSIONS = {"dev", "demo", "tests", "tests_all", "lint", "types", "docs", "bench", "build", "shared"}
+SESSIONS = {"dev", "demo", "tests", "tests_all", "lint", "types", "docs", "bench", "tiny", "build", "shared"}
 MAY_IMPORT = {"wan-vae": set(), "wan-text": set(), "wan-dit": set(), "wan-train": {"wan_dit", "wan_vae"}}
 COMMAND = "python -m pip install nox && python -m nox -s {}"
 

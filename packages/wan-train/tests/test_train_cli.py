@@ -23,7 +23,7 @@ def test_a_run_says_where_things_are_and_resumes(vae_toml: Path, tmp_path: Path,
     for path in (folder / "export", folder / "log.jsonl", folder / "previews"):
         assert str(path) in out
         assert path.exists()
-    assert main(["run", str(vae_toml), "steps=3", "--resume"]) == 0
+    assert main(["run", "--resume", str(vae_toml), "--debug", "steps=3"]) == 0
     assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines() if '"loss"' in line] == [1, 2, 3]
 
 

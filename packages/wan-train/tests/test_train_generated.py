@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from wan_train.evaluation import generated
 from wan_train.evaluation.generated import evaluate_model, evaluate_vae
 from wan_train.evaluation.shapes import accuracy_on_true_clips
 from wan_train.plugins import PluginManager, hookimpl, plugin_manager
+from wan_vae.plugins import VAESpec
 
 FIELDS = ("count", "colour", "shape", "motion", "background", "all_right")
 
@@ -42,14 +42,15 @@ class Blank(Faithful):
 def pm() -> PluginManager:
     """The installed plugins and one with the two VAEs."""
 
-    class Spec(SimpleNamespace):
+    class Spec(VAESpec):
         def load(self, weights: str | None = None, *, dtype: Any = None, device: Any = None) -> Any:
-            return self.make()
+            return {"faithful": Faithful, "blank": Blank}[self.name]()
 
     class Plugin:
         @hookimpl
-        def wan_vaes(self) -> list[Any]:
-            return [Spec(name="faithful", make=Faithful), Spec(name="blank", make=Blank)]
+        def wan_vaes(self) -> list[VAESpec]:
+            facts = {"target": "nowhere:Nothing", "latent_space": "pixels", "latent_channels": 3, "stride": (1, 1, 1)}
+            return [Spec("faithful", **facts), Spec("blank", **facts)]
 
     pm = plugin_manager()
     pm.register(Plugin(), name="third-party")

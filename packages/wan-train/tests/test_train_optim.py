@@ -60,8 +60,8 @@ def test_rates_reach_both_optimisers() -> None:
 def muon_and_reference(name: str, *shape: int) -> tuple[Tensor, Tensor]:
     """A weight after three steps of ours, and torch's Muon on the matrix it is reshaped to."""
     ours, matrix = weight(*shape), nn.Parameter(weight(*shape).detach().flatten(1).clone())
-    optimiser = Optimiser(config(name=name, muon_lr=0.03, lr=0.03, weight_decay=0.1), [{"params": [ours], "muon": True}], 10)
-    reference = torch.optim.Muon([matrix], lr=0.03, weight_decay=0.1)
+    optimiser = Optimiser(config(name=name, muon_lr=0.03, lr=0.03, weight_decay=0.2), [{"params": [ours], "muon": True}], 10)
+    reference = torch.optim.Muon([matrix], lr=0.03, weight_decay=0.2)
     for step in range(3):
         ours.grad, matrix.grad = gradient(ours, step), gradient(ours, step).flatten(1)
         optimiser.step(step)

@@ -117,6 +117,18 @@ def test_a_resumed_run_ends_with_the_same_bits(recipe: Recipe, tmp_path: Path, p
     assert (whole.output / "previews" / "000006.png").read_bytes() == (half.output / "previews" / "000006.png").read_bytes()
 
 
+def test_a_resume_restores_the_random_state_that_parts_may_draw_from(vae_recipe: Recipe) -> None:
+    config = vae_recipe()
+    trainer = Trainer(config)
+    torch.rand(3)
+    trainer.run(until=3)
+    state = torch.get_rng_state()
+    resumed = Trainer(config)
+    assert not torch.equal(torch.get_rng_state(), state)
+    resumed.load(config.output / "checkpoint.pt")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("forgotten", ["optimiser", "ema", "seed"])
 def test_a_resume_that_forgets_something_ends_with_other_bits(
     vae_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str

@@ -191,10 +191,10 @@ def _from_shapes(shapes: Mapping[str, Shape], path: Path) -> DiTConfig:
 
 
 def _with_spaces(fields: dict[str, Any]) -> DiTConfig:
-    """Released models differ in their VAE by channels alone and share one text encoder; anything else is unknown."""
+    """Released models differ in their VAE by channels alone and share one text encoder; anything else is unnamed."""
     config = DiTConfig(**fields)
-    space, stride = LATENTS.get(config.out_dim, ("unknown", (4, 8, 8)))
-    text = "umt5-xxl" if config.text_dim == 4096 else "unknown"
+    space, stride = LATENTS.get(config.out_dim, ("unnamed", (4, 8, 8)))
+    text = "umt5-xxl" if config.text_dim == 4096 else "unnamed"
     return config.model_copy(update={"latent_space": space, "stride": stride, "embedding_space": text})
 
 

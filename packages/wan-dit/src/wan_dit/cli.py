@@ -8,21 +8,20 @@ import json
 import re
 import shlex
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from ._shared.cli import add_common, run, show
-from .listing import describe, hooks, is_fault, plugin_rows
-from .plugins import Offer, PluginManager, discover, find, plugin_manager
+from ._shared.cli import Parser, add_common, run, show
+from .listing import describe, hooks, is_fault, plugin_rows, short
+from .plugins import PART_KINDS, Offer, PluginManager, discover, find, plugin_manager
 
 if TYPE_CHECKING:
-    from .events import Event
     from .manifest import Part
     from .pipeline import Pipeline, Result
 
+MODEL = "wan-dit:tiny"
 PARTS = {"vae": "VAE", "text_encoder": "text encoder", "backbone": "backbone", "scheduler": "scheduler"}
 SETTINGS = ("negative_prompt", "steps", "shift", "guidance", "seed", "frames")
 
@@ -35,42 +34,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(lambda args: args.command(args), _parser(), argv)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"wan-dit: error: {message} (see {self.prog} --help)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="wan-dit", description="Videos from prompts.", epilog='example: wan-dit generate "a red circle moves left" --seed 1'
     )
     parser.add_argument("--version", action="version", version=f"wan-dit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = _command(commands, "generate", _generate, "make a video from a prompt")
-    generate.add_argument("prompt", nargs="+", help="what the video shows")
-    generate.add_argument("--model", default="tiny", help="name of a model, see wan-dit models (default: the built-in tiny)")
-    generate.add_argument("--negative-prompt", help="what it should not show (default: the model's)")
-    generate.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
-    generate.add_argument("--shift", type=float, help="how far the noise schedule leans to noise (default: the model's)")
-    generate.add_argument("--guidance", type=float, help="how strongly the prompt is followed; 1 is off and twice as fast")
-    generate.add_argument("--seed", type=int, default=0, help="same seed, same video (default: 0)")
-    generate.add_argument("--frames", type=int, help="number of frames (default: the model's)")
-    generate.add_argument("--size", metavar="WxH", help="width and height in pixels, such as 64x64 (default: the model's)")
-    _add_parts(generate)
-    generate.add_argument("--output", help="FILE.mp4, or a folder to name the file in (default: outputs)")
+    generate.add_argument("prompt", nargs="+", metavar="PROMPT", help="what the video shows")
+    generate.add_argument(
+        "--output", metavar="PATH", help="FILE.mp4, or a folder to name it in (default: outputs); .png and .json go beside it"
+    )
+    generate.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    settings = generate.add_argument_group("settings", "The defaults are the model's.")
+    settings.add_argument("--model", metavar="NAME", default=MODEL, help="see wan-dit models (default: the built-in tiny)")
+    settings.add_argument("--negative-prompt", metavar="TEXT", help="what the video should not show")
+    settings.add_argument("--steps", metavar="N", type=int, help="denoising steps")
+    settings.add_argument("--shift", metavar="X", type=float, help="how far the noise schedule leans to noise")
+    settings.add_argument("--guidance", metavar="X", type=float, help="how strongly the prompt is followed; 1 is off and twice as fast")
+    settings.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same video (default: 0)")
+    settings.add_argument("--frames", metavar="N", type=int, help="number of frames")
+    settings.add_argument("--size", metavar="WxH", help="width and height in pixels, such as 64x64")
+    _add_parts(generate, "the model's own", dtype="fp32 on a CPU", device="the best there is")
 
     replay = _command(commands, "replay", _replay, "run a manifest again and compare the frames")
-    replay.add_argument("manifest", help="a .json file that generate wrote")
-    _add_parts(replay)
+    replay.add_argument("manifest", metavar="RUN.json", help="a .json file that generate wrote")
+    _add_parts(replay, "those of the run", dtype="that of the run", device="that of the run")
 
     _command(commands, "models", _models, "the installed models", listing=True)
     plugins = _command(commands, "plugins", _plugins, "every installed part of every kind", listing=True)
     plugins.add_argument("--check", action="store_true", help="import every target, find misspelt hooks; exit code 1 on a fault")
     info = _command(commands, "info", _info, "all facts of a part or a model", listing=True)
-    info.add_argument("name", help="a name from wan-dit plugins, or a checkpoint of a backbone")
+    info.add_argument("name", metavar="NAME", help="a name from wan-dit plugins, or a checkpoint of a backbone")
     return parser
 
 
@@ -81,33 +77,35 @@ def _command(commands: Any, name: str, run_it: Callable[..., Any], text: str, *,
     return parser
 
 
-def _add_parts(parser: argparse.ArgumentParser) -> None:
+def _add_parts(parser: argparse.ArgumentParser, instead_of: str, *, dtype: str, device: str) -> None:
+    parts = parser.add_argument_group("parts", f"In place of {instead_of}: a name from wan-dit plugins, a path, a Hub id or module:attr.")
     for part, label in PARTS.items():
-        parser.add_argument(f"--{part.replace('_', '-')}", help=f"another {label}: name, path, Hub id or module:attr")
-    parser.add_argument("--context", metavar="DIR", help="a folder that wan-text encode wrote, in place of a text encoder")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="type of the weights (default: fp32 on a CPU)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+        parts.add_argument(f"--{part.replace('_', '-')}", metavar="PART", help=f"another {label}")
+    parts.add_argument("--context", metavar="DIR", help="a folder that wan-text encode wrote, in place of a text encoder")
+    parts.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help=f"type of the weights (default: {dtype})")
+    parts.add_argument("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, mps (default: {device})")
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from .media import require_writable
+    from . import outputs
 
     prompt = " ".join(args.prompt)
-    output = _output(args.output, prompt, args.seed)
-    require_writable(output)
+    outputs.check(_output(args, prompt), overwrite=args.overwrite)
     size = _size(args.size)
 
     from ._shared.weights import best_device
     from .pipeline import Pipeline
+    from .progress import progress
 
     parts = {part: getattr(args, part) for part in (*PARTS, "context")}
     pipe = Pipeline(args.model, **parts, dtype=args.dtype, device=args.device or best_device())
-    with _progress() as on_event:
+    with progress() as on_event:
         result = pipe(prompt, on_event=on_event, size=size, **{name: getattr(args, name) for name in SETTINGS})
-    _report(pipe, result, result.save(output))
+    # named again: another run may have taken the name meanwhile
+    _report(args.model, pipe, result, result.save(_output(args, prompt), overwrite=args.overwrite))
 
 
-def _report(pipe: Pipeline, result: Result, files: list[Path]) -> None:
+def _report(model: str, pipe: Pipeline, result: Result, files: list[Path]) -> None:
     frames, (width, height) = result.manifest["frames"], result.manifest["size"]
     facts = (f"video: {frames} frames of {width}x{height}, {result.fps} a second", "contact sheet of the frames", "run manifest")
     longest = max(len(str(file)) for file in files)
@@ -115,9 +113,9 @@ def _report(pipe: Pipeline, result: Result, files: list[Path]) -> None:
         print(f"{file!s:{longest}}  {fact}")
     print("took: " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in result.timings.items()))
     again = "a blue star moves up on a white background" if pipe.model.extra.get("words") else result.manifest["prompt"]
-    model = "" if pipe.model.name == "tiny" else f" --model {pipe.model.name}"
-    print(f"try next: wan-dit generate {shlex.quote(again)}{model} --seed {result.seed + 1}")
-    print(f"          wan-dit replay {files[-1]}")
+    option = "" if model == MODEL else f" --model {shlex.quote(model)}"
+    print(f"try next: wan-dit generate {shlex.quote(again)}{option} --seed {result.seed + 1}")
+    print(f"          wan-dit replay {shlex.quote(str(files[-1]))}")
     print("          wan-dit plugins")
 
 
@@ -128,17 +126,18 @@ def _replay(args: argparse.Namespace) -> int:
 
     import torch
 
-    from .pipeline import KINDS, Pipeline
+    from .pipeline import Pipeline
+    from .progress import progress
 
     given = {part: getattr(args, part) for part in (*PARTS, "context")}
     if given["context"] is None and given["text_encoder"] is None and record.context is not None:
         raise ValueError(f"the run read context folder '{record.context}', which a manifest cannot open: give it again with --context")
-    for part, kind in KINDS.items():
+    for part, kind in PART_KINDS.items():
         if given[part] is None and not (part == "text_encoder" and given["context"]):
-            given[part] = _recorded(kind, part, record.parts[part], pm)
+            given[part] = _recorded(kind, part, getattr(record.parts, part), pm)
     dtype = args.dtype or (getattr(torch, record.dtype) if record.dtype else None)
     pipe = Pipeline(_recorded("wan_models", "model", record.model, pm), **given, dtype=dtype, device=args.device or record.device, pm=pm)
-    with _progress() as on_event:
+    with progress() as on_event:
         result = pipe(record.prompt, on_event=on_event, size=record.size, **{name: getattr(record, name) for name in SETTINGS})
     again = manifest.Manifest(**result.manifest)
     if again.frames_sha256 == record.frames_sha256:
@@ -158,10 +157,12 @@ def _recorded(kind: str, part: str, record: Part, pm: PluginManager) -> Any:
 
 def _models(args: argparse.Namespace) -> None:
     columns = ("name", "backbone", "vae", "text_encoder", "scheduler", "steps", "size", "frames", "summary")
-    rows = []
-    for offer in discover("wan_models", plugin_manager()):
+    rows, pm = [], plugin_manager()
+    for offer in discover("wan_models", pm):
         if offer.spec:
             facts = {**describe(offer), "size": "x".join(map(str, offer.spec.size))}
+            if not args.json:
+                facts |= {part: short(kind, facts[part], pm) for part, kind in PART_KINDS.items()}
             rows.append({column: facts[column] for column in columns})
     show(rows, as_json=args.json)
 
@@ -195,12 +196,13 @@ def _info(args: argparse.Namespace) -> None:
         print(*([""] if i else []), *lines, sep="\n")
 
 
-def _output(given: str | None, prompt: str, seed: int) -> Path:
-    path = Path(given or "outputs")
-    if given and not path.is_dir() and path.suffix:
-        return path
-    slug = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "video"
-    return path / f"{slug}-{seed}.mp4"
+def _output(args: argparse.Namespace, prompt: str) -> Path:
+    from .outputs import free_name
+
+    given = Path(args.output or "outputs")
+    if args.output and given.suffix and not given.is_dir() and not args.output.endswith("/"):
+        return given
+    return free_name(given, prompt, args.seed, overwrite=args.overwrite)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -209,37 +211,3 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if not (match := re.fullmatch(r"(\d+)[xX×](\d+)", text)):
         raise ValueError(f"size '{text}' is not WIDTHxHEIGHT, such as 64x64")
     return int(match[1]), int(match[2])
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[Event], None]]:
-    """A progress bar on stderr that follows the events; it appears with the first one."""
-    from tqdm import tqdm
-
-    from .events import Decoding, Done, Encoding, Loading, Step
-
-    bars: list[Any] = []
-
-    def follow(event: Event) -> None:
-        if not bars:
-            bars.append(tqdm(bar_format="{desc:<32}{bar:24} {n_fmt}/{total_fmt} {elapsed}"))
-        bar = bars[0]
-        match event:
-            case Loading(part, name):
-                bar.set_description_str(f"loading {part.replace('_', ' ')} {name}")
-            case Encoding():
-                bar.set_description_str("encoding")
-            case Step(i, n):
-                bar.total = n
-                bar.set_description_str("denoising", refresh=False)
-                bar.update(i - bar.n)
-            case Decoding():
-                bar.set_description_str("decoding")
-            case Done():
-                bar.set_description_str("done")
-
-    try:
-        yield follow
-    finally:
-        for bar in bars:
-            bar.close()

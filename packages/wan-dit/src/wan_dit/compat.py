@@ -5,12 +5,15 @@ Tags come first: equal channels are not equal latents, and equal width is not eq
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from .plugins import discover, plugin_manager
 
 if TYPE_CHECKING:
     import pluggy
+
+UNNAMED = "unnamed"  # the tag of a checkpoint that does not say its space: it is equal to nothing, itself included
 
 # kind -> (field of the part, field of the backbone), in the order in which they are compared
 _FIELDS = {
@@ -38,6 +41,11 @@ def mismatch(kind: str, part: Any, backbone: Any) -> str:
         if not hasattr(part, own):
             return f"it does not state its {own} (give it a spec)"
         got, expected = getattr(part, own), getattr(backbone, other)
+        if own.endswith("_space") and UNNAMED in (got, expected):
+            return (
+                f"its {own} is {got}, the backbone's is {expected}, and nothing is known to fit an unnamed one "
+                f"(where they do belong together, write one name as '{own}' into the config.json that save_pretrained makes of each)"
+            )
         if own == "max_tokens" and got > expected:
             return f"it makes up to {got} tokens, the backbone takes {expected}"
         if own != "max_tokens" and _plain(got) != _plain(expected):
@@ -46,9 +54,14 @@ def mismatch(kind: str, part: Any, backbone: Any) -> str:
 
 
 def fitting(kind: str, backbone: Any, pm: pluggy.PluginManager | None = None) -> list[str]:
-    """Names of the installed parts of `kind` that fit `backbone`."""
-    offers = discover(kind, pm or plugin_manager())
-    return [offer.name for offer in offers if offer.spec and not mismatch(kind, offer.spec, backbone)]
+    """Names of the installed parts of `kind` that fit `backbone`, with their distribution where a name is offered twice."""
+    offers = [offer for offer in discover(kind, pm or plugin_manager()) if offer.spec]
+    count = Counter(offer.name for offer in offers)
+    return [
+        offer.name if count[offer.name] == 1 else f"{offer.dist}:{offer.name}"
+        for offer in offers
+        if not mismatch(kind, offer.spec, backbone)
+    ]
 
 
 def label(kind: str) -> str:

@@ -9,14 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ._shared.files import read_json
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+FACTS = {"embedding_space": str, "embed_dim": int, "max_tokens": int}
 
 
 class ContextFiles:
@@ -31,14 +36,15 @@ class ContextFiles:
             raise FileNotFoundError(f"no context folder at '{path}': make one with wan-text encode")
         self.folder = Path(path) if Path(path).is_dir() else Path(path).parent
         try:
-            encoder = json.loads((self.folder / "encoder.json").read_text())
-            rows = [json.loads(line) for line in (self.folder / "index.jsonl").read_text().splitlines() if line.strip()]
-            facts = {key: encoder[key] for key in ("embedding_space", "embed_dim", "max_tokens")}
-            self.rows = {row["sha256"]: (row["key"], row.get("truncated", False)) for row in rows}
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            encoder = read_json(self.folder / "encoder.json")
+            facts = {name: _typed(encoder, name, kind) for name, kind in FACTS.items()}
+            lines = (self.folder / "index.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+            self.rows = {_typed(row, "sha256", str): (_key(row), bool(row.get("truncated"))) for row in rows}
+            self._fingerprint = None if encoder.get("fingerprint") is None else _typed(encoder, "fingerprint", str)
+        except (OSError, ValueError) as error:
             raise ValueError(f"'{path}' is not a context folder ({error}): make one with wan-text encode") from error
         self.spec: Any = SimpleNamespace(name=str(path), **facts)
-        self._fingerprint: str | None = encoder.get("fingerprint")
 
     def encode(self, prompts: list[str]) -> list[Tensor]:
         """One `[L, D]` a prompt; LookupError with the line that adds a prompt where it is not there."""
@@ -49,21 +55,53 @@ class ContextFiles:
         return self._fingerprint
 
     def _read(self, prompt: str) -> Tensor:
-        from safetensors.torch import load_file
-
         key, truncated = self.rows.get(hashlib.sha256(prompt.encode()).hexdigest(), (None, False))
+        add = f"wan-text encode {shlex.quote(prompt)} --output {shlex.quote(str(self.folder))}"
         if key is None:
-            add = f"wan-text encode {shlex.quote(prompt)} --output {shlex.quote(str(self.folder))}"
             raise LookupError(f"prompt '{_short(prompt)}' is not in context folder '{self.folder}'; add it: {add}")
+        file = self.folder / f"{key}.safetensors"
+        if not file.is_file():
+            raise LookupError(f"'{file}', the context of prompt '{_short(prompt)}', is missing; encode it again: {add}")
+        try:
+            context = self._tensor(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"'{file}' is no context ({error}); delete it and encode the prompt again: {add}") from error
         if truncated:
             warnings.warn(
                 f"prompt '{_short(prompt)}' was cut to {self.spec.max_tokens} tokens when it was encoded", UserWarning, stacklevel=2
             )
-        file = self.folder / f"{key}.safetensors"
-        context = load_file(file)["context"]
-        if context.ndim != 2 or context.shape[1] != self.spec.embed_dim:
-            raise ValueError(f"'{file}': context is {tuple(context.shape)}, expected [tokens, {self.spec.embed_dim}]")
         return context
+
+    def _tensor(self, file: Path) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, "pt") as opened:
+                context: Tensor = opened.get_tensor("context")
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+        length, width = self.spec.max_tokens, self.spec.embed_dim
+        if context.ndim != 2 or not 1 <= context.shape[0] <= length or context.shape[1] != width or not context.is_floating_point():
+            got = f"{str(context.dtype).removeprefix('torch.')} {list(context.shape)}"
+            raise ValueError(f"it holds {got}, expected floating-point numbers [up to {length}, {width}]")
+        if not context.isfinite().all():
+            raise ValueError("it holds numbers that are NaN or infinite")
+        return context
+
+
+def _typed(record: Any, name: str, kind: type) -> Any:
+    value = record.get(name) if isinstance(record, dict) else None
+    if type(value) is not kind or (isinstance(value, int) and value < 1):
+        raise ValueError(f"'{name}' is {value!r}, expected {'a text' if kind is str else 'a positive whole number'}")
+    return value
+
+
+def _key(row: dict[str, Any]) -> str:
+    """A key names a file of the folder, so it may be nothing that leads out of it."""
+    key: str = _typed(row, "key", str)
+    if not re.fullmatch("[0-9a-f]{1,128}", key):
+        raise ValueError(f"key {key[:60]!r} is not a hexadecimal name")
+    return key
 
 
 def _short(text: str) -> str:

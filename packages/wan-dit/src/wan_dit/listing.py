@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from .plugins import Offer, PluginManager, discover, find
+from .plugins import PART_KINDS, Offer, PluginManager, discover, find
 
 # kind -> the package that defines it; wan-dit knows the kinds of its siblings by name only
 KINDS = {
@@ -61,6 +61,12 @@ def describe(offer: Offer) -> dict[str, Any]:
     }
 
 
+def short(kind: str, ref: str, pm: PluginManager) -> str:
+    """`dist:name` as people say it: the name alone, where no other distribution offers it."""
+    dist, _, name = ref.rpartition(":")
+    return name if {offer.dist for offer in discover(kind, pm) if offer.spec and offer.name == name} == {dist} else ref
+
+
 def origin(kind: str, spec: Any, pm: PluginManager) -> tuple[str | None, str | None]:
     """(distribution, version) that offers `spec`; (None, None) for a path, a Hub id or an import string."""
     for offer in discover(kind, pm):
@@ -78,9 +84,9 @@ def _status(offer: Offer, pm: PluginManager, check: bool) -> str:
         if hasattr(offer.spec, "resolve"):
             offer.spec.resolve()
         if offer.kind == "wan_models":
-            for kind in ("wan_backbones", "wan_vaes", "wan_text_encoders", "wan_schedulers"):
-                find(kind, getattr(offer.spec, kind.removeprefix("wan_").removesuffix("s")), pm, typed=False)
-    except Exception as error:  # a plugin's module may fail in any way
+            for part, kind in PART_KINDS.items():
+                find(kind, getattr(offer.spec, part), pm, typed=False)
+    except (Exception, SystemExit) as error:  # a plugin's module may fail in any way
         return _message(error)
     return "ok"
 
@@ -89,7 +95,7 @@ def _row(kind: str, name: str, dist: str, version: str, target: str, status: str
     return {"kind": kind, "name": name, "distribution": dist, "version": version, "target": target, "status": status}
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     return " ".join(f"failed: {type(error).__name__}: {error}".split())
 
 

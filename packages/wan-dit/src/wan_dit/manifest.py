@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .media import to_frames, whole_file
+from .media import to_frames
+from .request import LARGEST
 
 if TYPE_CHECKING:
     import os
 
     from torch import Tensor
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+Side = Annotated[int, Field(ge=1, le=LARGEST["size"])]
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 PACKAGES = ("wan-dit", "wan-vae", "wan-text", "torch", "numpy", "av")
 
@@ -34,6 +40,17 @@ class Part(BaseModel):
     weights: str | None = None
 
 
+class Parts(BaseModel):
+    """What a pipeline is made of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backbone: Part
+    vae: Part
+    text_encoder: Part
+    scheduler: Part
+
+
 class Manifest(BaseModel):
     """One generated video.
 
@@ -48,39 +65,39 @@ class Manifest(BaseModel):
     prompt: str
     negative_prompt: str
     model: Part
-    parts: dict[str, Part]
+    parts: Parts
     context: str | None
-    steps: int
-    shift: float
-    guidance: float
-    seed: int
-    noise_device: str
+    steps: Annotated[int, Field(ge=1, le=LARGEST["steps"])]
+    shift: Annotated[Finite, Field(gt=0)]
+    guidance: Finite
+    seed: Annotated[int, Field(ge=0, le=LARGEST["seed"])]
+    noise_device: Literal["cpu"]
     device: str
-    dtype: str | None
-    frames: int
-    size: tuple[int, int]
-    fps: int
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+    frames: Annotated[int, Field(ge=1, le=LARGEST["frames"])]
+    size: tuple[Side, Side]
+    fps: Annotated[int, Field(ge=1)]
     sigmas: str
     versions: dict[str, str]
-    timings: dict[str, float]
+    timings: dict[str, Finite]
     frames_sha256: str
 
 
 def read(path: str | os.PathLike[str]) -> Manifest:
-    """Read a manifest; ValueError in one line where the file is none."""
+    """Read a manifest; ValueError in one line that names the field where the file is none."""
     try:
-        return Manifest.model_validate_json(Path(path).read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        reason = f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}" if first else str(error)
-        raise ValueError(f"'{path}' is not a run manifest: {reason}") from error
-
-
-def write(record: Manifest, path: Path) -> Path:
-    """Write a manifest as JSON, whole or not at all."""
-    with whole_file(path) as scratch:
-        scratch.write_text(record.model_dump_json(indent=2) + "\n")
-    return path
+        record = Manifest.model_validate_json(Path(path).read_bytes())
+        # both are the model's; all other texts end up in messages, which must stay one line
+        for key, value in _flat(record.model_dump(exclude={"prompt", "negative_prompt"})).items():
+            if CONTROL.search(f"{key}{value}"):
+                raise ValueError(f"{key}: control characters are not permitted")
+    except ValueError as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}"
+        raise ValueError(f"'{path}' is not a run manifest: {CONTROL.sub('?', reason[:200])}") from error
+    return record
 
 
 def differences(before: Manifest, after: Manifest) -> list[str]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ._shared.files import replacing
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
 TILE = 160  # pixels: a 64 x 64 frame is enlarged to at least this, a large one reduced to at most twice this
-BT709, LIMITED_RANGE = 1, 1  # code points of ITU-T H.273 and FFmpeg: players guess the matrix where a file does not say
+BT709 = 1  # code point of ITU-T H.273: players guess the matrix where a file does not say
 
 
 def to_frames(video: Tensor) -> np.ndarray[Any, Any]:
@@ -32,19 +31,25 @@ def write_video(video: Tensor, path: str | os.PathLike[str], fps: float) -> Path
     from fractions import Fraction
 
     import av
+    from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
     frames = to_frames(video)
     height, width = frames.shape[1:3]
-    with whole_file(path) as scratch, av.open(str(scratch), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    reformatter = VideoReformatter()  # one for the video: a frame's own would start its threads anew, at many times the cost
+    with replacing(path) as scratch, av.open(str(scratch), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "12"})
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv420p" if width % 2 == 0 == height % 2 else "yuv444p"  # 4:2:0 has no odd sizes
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = LIMITED_RANGE
+        context.color_range = ColorRange.MPEG
         for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame = frame.reformat(format=stream.pix_fmt, dst_colorspace="ITU709", dst_color_range="MPEG")
+            frame = reformatter.reformat(
+                av.VideoFrame.from_ndarray(pixels, format="rgb24"),
+                format=stream.pix_fmt,
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return Path(path)
@@ -66,34 +71,6 @@ def contact_sheet(video: Tensor, path: str | os.PathLike[str], columns: int = 6,
     for i, pixels in enumerate(chosen):
         image = Image.fromarray(pixels).resize(tile, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX)
         sheet.paste(image, (gap + i % columns * (tile[0] + gap), gap + i // columns * (tile[1] + gap)))
-    with whole_file(path) as scratch:
+    with replacing(path) as scratch:
         sheet.save(scratch, format="PNG")
     return Path(path)
-
-
-def require_writable(path: str | os.PathLike[str]) -> None:
-    """Raise OSError or ValueError where `path` cannot become an mp4 file; leaves nothing behind."""
-    path = Path(path)
-    if path.suffix.lower() != ".mp4":
-        raise ValueError(f"cannot write '{path}': give a file name that ends in .mp4")
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write '{path}': it is a folder, give a file name in it")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write '{path}': {error.strerror or error} in '{folder}'") from error
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A scratch path beside `path` that replaces it on success and is removed on failure; folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield scratch
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from . import compat, manifest
+from . import compat, manifest, outputs
+from ._shared.files import replacing
 from .context_files import ContextFiles
 from .events import Decoding, Done, Encoding, Event, Loading, Step
 from .guidance import guided_velocity
 from .listing import origin
-from .plugins import PluginManager, VideoModelSpec, find, plugin_manager
+from .plugins import PART_KINDS, PluginManager, VideoModelSpec, find, plugin_manager
 from .request import Request, make_request, unknown_words
 from .schedulers.diffusers import as_scheduler
 
 if TYPE_CHECKING:
     from .contracts import Schedule
 
-KINDS = {"backbone": "wan_backbones", "vae": "wan_vaes", "text_encoder": "wan_text_encoders", "scheduler": "wan_schedulers"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PHASES = ("load", "text", "denoise", "decode")
 Timings = dict[str, float]
@@ -51,16 +51,22 @@ class Result:
     timings: Timings
     manifest: dict[str, Any] = field(repr=False)
 
-    def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write FILE.mp4 and beside it a contact sheet (.png) and the run manifest (.json); returns the three paths."""
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+        """Write FILE.mp4 and beside it a contact sheet (.png) and the run manifest (.json), all or none; returns the three paths.
+
+        Raises OSError where one of them exists and `overwrite` is not set, ValueError where `path` does not end in .mp4.
+        """
         from . import media
 
-        began, path = time.perf_counter(), Path(path)
-        media.require_writable(path)
-        files = [media.write_video(self.video, path, self.fps), media.contact_sheet(self.video, path.with_suffix(".png"))]
-        self.timings["write"] = time.perf_counter() - began
-        record = manifest.Manifest(**{**self.manifest, "timings": self.timings})
-        return [*files, manifest.write(record, path.with_suffix(".json"))]
+        began = time.perf_counter()
+        files = outputs.check(path, overwrite=overwrite)
+        with replacing(files[0]) as video, replacing(files[1]) as sheet, replacing(files[2]) as record:
+            media.write_video(self.video, video, self.fps)
+            media.contact_sheet(self.video, sheet)
+            self.timings["write"] = time.perf_counter() - began
+            made = manifest.Manifest(**{**self.manifest, "timings": self.timings})
+            record.write_text(made.model_dump_json(indent=2) + "\n")
+        return list(files)
 
 
 class Pipeline:
@@ -71,7 +77,7 @@ class Pipeline:
 
     def __init__(
         self,
-        model: str | VideoModelSpec = "tiny",
+        model: str | VideoModelSpec = "wan-dit:tiny",
         *,
         vae: Any = None,
         text_encoder: Any = None,
@@ -107,7 +113,7 @@ class Pipeline:
         self._check({})
 
     @classmethod
-    def from_pretrained(cls, model: str | VideoModelSpec = "tiny", **parts: Any) -> Self:
+    def from_pretrained(cls, model: str | VideoModelSpec = "wan-dit:tiny", **parts: Any) -> Self:
         """`Pipeline(model, ...)` under the name that is usual for models."""
         return cls(model, **parts)
 
@@ -137,7 +143,8 @@ class Pipeline:
         guidance: classifier-free guidance scale; 1 runs the backbone once a step and needs no negative prompt
         seed: the noise is drawn on the CPU, so that a seed means the same on every device
         frames: 1 + k * temporal stride of the VAE; size: (width, height) in pixels
-        Raises ValueError at once, with the nearest valid value, before anything is loaded.
+        Raises ValueError at once, with the nearest valid value, before anything is loaded. Streams of one pipeline may be
+        interleaved.
         """
         request = make_request(
             self.model, self.specs["backbone"], self.specs["text_encoder"], prompt,
@@ -150,28 +157,37 @@ class Pipeline:
     @torch.no_grad()
     def _run(self, request: Request) -> Generator[Event, None, None]:
         timings = dict.fromkeys(PHASES, 0.0)
-        if missing := tuple(prompt for prompt in request.prompts if prompt not in self._contexts):
-            yield from self._load("text_encoder", timings)
-            yield Encoding(missing)
-            with self._timed(timings, "text"):
-                # One prompt at a time: its context must not depend on what else is encoded with it.
-                kept = {prompt: self._contexts[prompt] for prompt in request.prompts if prompt not in missing}
-                self._contexts = kept | {prompt: self._loaded["text_encoder"].encode([prompt])[0] for prompt in missing}
+        contexts = yield from self._encode(request, timings)
         for part in ("backbone", "vae"):  # the VAE too, so that what is wrong with it is said before the long part
             yield from self._load(part, timings)
         self._check(self._loaded)
         generator = torch.Generator("cpu").manual_seed(request.seed)
-        latents, schedule = yield from self._denoise(request, generator, timings)
+        latents, schedule = yield from self._denoise(request, contexts, generator, timings)
         yield Decoding(request.frames)
         with self._timed(timings, "decode"):
             video = self._decode(latents, request, generator)
         yield Done(Result(video, self.model.fps, request.seed, timings, self._manifest(request, video, schedule, timings)))
 
-    def _denoise(self, request: Request, generator: torch.Generator, timings: Timings) -> Generator[Event, None, tuple[Tensor, Schedule]]:
+    def _encode(self, request: Request, timings: Timings) -> Generator[Event, None, list[Tensor]]:
+        """Text context `[L, D]` of each prompt; those of the last request are kept for the next, which often shares them."""
+        contexts = {prompt: self._contexts[prompt] for prompt in request.prompts if prompt in self._contexts}
+        if missing := tuple(prompt for prompt in request.prompts if prompt not in contexts):
+            yield from self._load("text_encoder", timings)
+            yield Encoding(missing)
+            with self._timed(timings, "text"):
+                for prompt in missing:  # one at a time: its context must not depend on what else is encoded with it
+                    contexts[prompt] = self._loaded["text_encoder"].encode([prompt])[0]
+                    self._check_finite("text_encoder", contexts[prompt], "context")
+        self._contexts = contexts
+        return [contexts[prompt] for prompt in request.prompts]
+
+    def _denoise(
+        self, request: Request, text: list[Tensor], generator: torch.Generator, timings: Timings
+    ) -> Generator[Event, None, tuple[Tensor, Schedule]]:
         backbone, scheduler = self._loaded["backbone"], self._loaded["scheduler"]
         dtype = _dtype_of(backbone)
         with self._timed(timings, "denoise"):
-            contexts = [backbone.encode_context([self._contexts[prompt].to(self.device, dtype)]) for prompt in request.prompts]
+            contexts = [backbone.encode_context([tokens.to(self.device, dtype)]) for tokens in text]
             context, negative_context = contexts[0], contexts[1] if request.guided else None
             schedule: Schedule = scheduler.schedule(request.steps, request.shift)
             state = scheduler.start(schedule)
@@ -184,6 +200,7 @@ class Pipeline:
                 velocity = guided_velocity(backbone, latents.to(dtype), timestep, context, negative_context, request.guidance)
                 latents = scheduler.step(state, velocity.float(), latents, generator)
             yield Step(i + 1, count, timings["denoise"] - before, float(schedule.sigmas[i + 1]))
+        self._check_finite("backbone", latents, "latents")
         return latents, schedule
 
     def _decode(self, latents: Tensor, request: Request, generator: torch.Generator) -> Tensor:
@@ -193,15 +210,25 @@ class Pipeline:
         if list(video.shape) != expected:
             name = self.specs["vae"].name
             raise ValueError(f"vae '{name}' decoded {list(latents.shape)} to {list(video.shape)}, its spec promises {expected}")
+        self._check_finite("vae", video, "frames")
         return video
+
+    def _check_finite(self, part: str, made: Tensor, what: str) -> None:
+        if made.isfinite().all():
+            return
+        dtype = _name(_dtype_of(self._loaded[part]))
+        advice = {"float16": "try --dtype bf16 or fp32", "bfloat16": "try --dtype fp32"}.get(dtype, "its weights are damaged or do not fit")
+        raise ValueError(f"{part.replace('_', ' ')} '{self.specs[part].name}' made {what} that are NaN or infinite, in {dtype}: {advice}")
 
     def _manifest(self, request: Request, video: Tensor, schedule: Schedule, timings: Timings) -> dict[str, Any]:
         record = manifest.Manifest(
             prompt=request.prompt, negative_prompt=request.negative_prompt,
             model=self._part("wan_models", self.model), context=self.context,
-            parts={part: self._part(kind, self.specs[part], self._fingerprint(part)) for part, kind in KINDS.items()},
+            parts=manifest.Parts(
+                **{part: self._part(kind, self.specs[part], self._fingerprint(part)) for part, kind in PART_KINDS.items()}
+            ),
             steps=request.steps, shift=request.shift, guidance=request.guidance, seed=request.seed, noise_device="cpu",
-            device=str(self.device), dtype=str(self.dtype).removeprefix("torch.") if self.dtype else None,
+            device=str(self.device), dtype=_name(self.dtype) if self.dtype else None,
             frames=request.frames, size=request.size, fps=self.model.fps, sigmas=manifest.tensor_sha256(schedule.sigmas),
             versions=manifest.versions(), timings=timings, frames_sha256=manifest.frames_sha256(video),
         )  # fmt: skip
@@ -221,9 +248,9 @@ class Pipeline:
     def _add(self, part: str, ref: Any) -> None:
         """Note the spec of a part; a loaded object is kept beside the spec it carries."""
         if ref is None:
-            ref = find(KINDS[part], getattr(self.model, part), self.pm, typed=False)
+            ref = find(PART_KINDS[part], getattr(self.model, part), self.pm, typed=False)
         elif isinstance(ref, str):
-            ref = find(KINDS[part], ref, self.pm)
+            ref = find(PART_KINDS[part], ref, self.pm)
         is_spec = hasattr(ref, "load") and hasattr(ref, "name")
         self.specs[part] = ref if is_spec else getattr(ref, "spec", None) or SimpleNamespace(name=type(ref).__name__)
         if part == "scheduler":  # has no weights, so what is wrong with it is said at once
@@ -241,8 +268,9 @@ class Pipeline:
             return
         spec = self.specs[part]
         yield Loading(part, spec.name)
-        with self._timed(timings, "load"):
-            self._loaded[part] = spec.load(dtype=self.dtype, device=self.device)
+        if part not in self._loaded:  # another stream may have been quicker
+            with self._timed(timings, "load"):
+                self._loaded[part] = spec.load(dtype=self.dtype, device=self.device)
 
     @contextmanager
     def _timed(self, timings: Timings, phase: str) -> Iterator[None]:
@@ -255,18 +283,26 @@ class Pipeline:
 
 def _device(device: torch.device | str | None) -> torch.device:
     try:
-        return torch.empty(0, device=device or "cpu").device
+        found = torch.empty(0, device=device or "cpu").device
+        torch.Generator(found)  # refuses what can hold no numbers, such as meta
     except (RuntimeError, AssertionError) as error:  # torch raises either, by the way it was built
-        raise ValueError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device '{device}' cannot be used here: {reason}; the CPU always can: --device cpu") from error
+    return found
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if isinstance(dtype, str) and dtype not in DTYPES:
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES.values():
         raise ValueError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}")
-    return DTYPES[dtype] if isinstance(dtype, str) else dtype
+    return found
 
 
 def _dtype_of(part: Any) -> torch.dtype:
     """The type of a part's weights; float32 where it has none."""
     parameters = part.parameters() if isinstance(part, torch.nn.Module) else ()
     return next((value.dtype for value in parameters if value.is_floating_point()), torch.float32)
+
+
+def _name(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")

@@ -53,12 +53,14 @@ def wan_schedulers() -> list[SchedulerSpec]:
 
 @hookimpl
 def wan_models() -> list[VideoModelSpec]:
+    # parts are named with their distribution, so that these models stay whole whatever else offers a `tiny` or a `unipc`
     return [
         VideoModelSpec(
             "tiny",
-            "tiny",
-            "tiny",
-            "tiny",
+            backbone="wan-dit:tiny",
+            vae="wan-vae:tiny",
+            text_encoder="wan-text:tiny",
+            scheduler="wan-dit:unipc",
             steps=15,
             shift=3.0,
             guidance=2.0,
@@ -70,21 +72,21 @@ def wan_models() -> list[VideoModelSpec]:
         ),
         VideoModelSpec(
             "wan2.1-t2v-1.3b",
-            "wan2.1-t2v-1.3b",
-            "wan2.1",
-            "umt5-xxl",
+            backbone="wan-dit:wan2.1-t2v-1.3b",
+            vae="wan-vae:wan2.1",
+            text_encoder="wan-text:umt5-xxl",
+            scheduler="wan-dit:unipc",
             shift=8.0,
             guidance=6.0,
-            hub="Wan-AI/Wan2.1-T2V-1.3B",
             summary="text to video at 480p",
         ),
         VideoModelSpec(
             "wan2.1-t2v-14b",
-            "wan2.1-t2v-14b",
-            "wan2.1",
-            "umt5-xxl",
+            backbone="wan-dit:wan2.1-t2v-14b",
+            vae="wan-vae:wan2.1",
+            text_encoder="wan-text:umt5-xxl",
+            scheduler="wan-dit:unipc",
             size=(1280, 720),
-            hub="Wan-AI/Wan2.1-T2V-14B",
             summary="text to video at 480p and 720p",
         ),
     ]

@@ -17,6 +17,7 @@ from ._shared.spec import ModelSpec, Spec
 if TYPE_CHECKING:
     import pluggy
 
+PART_KINDS = {"backbone": "wan_backbones", "vae": "wan_vaes", "text_encoder": "wan_text_encoders", "scheduler": "wan_schedulers"}
 INSTALL = {"wan_vaes": "wan-vae", "wan_text_encoders": "wan-text"}
 
 
@@ -52,17 +53,19 @@ class SchedulerSpec(Spec):
 class VideoModelSpec:
     """A model: which parts it is made of, by name, and the settings it is used with.
 
+    backbone, vae, text_encoder, scheduler: names, best as `dist:name`, which no other package can make ambiguous
     size: (width, height) in pixels
     frames: 1 + k * temporal stride
     guidance: classifier-free guidance scale; 1 runs the model once a step
-    native: further (width, height, frames) the model was trained at, if any
+    negative_prompt: the one used where none is given
+    extra: `"words"`, words by group, is the vocabulary of a model that knows no others
     """
 
     name: str
     backbone: str
     vae: str
     text_encoder: str
-    scheduler: str = "unipc"
+    scheduler: str = "wan-dit:unipc"
     steps: int = 50
     shift: float = 5.0
     guidance: float = 5.0
@@ -70,7 +73,6 @@ class VideoModelSpec:
     frames: int = 81
     fps: int = 16
     negative_prompt: str = ""
-    hub: str | None = None
     summary: str = field(default="", kw_only=True)
     extra: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
@@ -101,6 +103,6 @@ def find(kind: str, ref: str, pm: pluggy.PluginManager | None = None, *, typed: 
     return resolve(kind, ref, pm or plugin_manager(), typed=typed, install=INSTALL.get(kind, ""))
 
 
-def load_backbone(ref: str = "tiny", *, dtype: Any = None, device: Any = None, pm: pluggy.PluginManager | None = None) -> Any:
+def load_backbone(ref: str = "wan-dit:tiny", *, dtype: Any = None, device: Any = None, pm: pluggy.PluginManager | None = None) -> Any:
     """Load a backbone by path, name, Hub id or import string, in eval mode."""
     return find("wan_backbones", ref, pm).load(dtype=dtype, device=device)

@@ -9,6 +9,9 @@ from typing import Any
 
 from .plugins import VideoModelSpec
 
+# far above anything sensible: what is larger is a mistake, and overflows instead of running out of memory
+LARGEST = {"steps": 10_000, "frames": 1_000_000, "size": 65_536, "seed": 2**63 - 1}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -98,13 +101,13 @@ def _check_words(name: str, value: str, text: Any) -> None:
 
 
 def _check_numbers(request: Request) -> None:
-    if request.steps < 1:
-        raise ValueError(f"steps must be at least 1, got {request.steps}")
+    if not 1 <= request.steps <= LARGEST["steps"]:
+        raise ValueError(f"steps must be at least 1 and at most {LARGEST['steps']}, got {request.steps}")
     if not (math.isfinite(request.shift) and request.shift > 0):
         raise ValueError(f"shift must be a positive number, got {request.shift}")
     if not (math.isfinite(request.guidance) and request.guidance >= 0):
         raise ValueError(f"guidance must be 0 or more (1 turns it off), got {request.guidance}")
-    if not 0 <= request.seed < 2**63:
+    if not 0 <= request.seed <= LARGEST["seed"]:
         raise ValueError(f"seed must be between 0 and 2**63 - 1, got {request.seed}")
 
 
@@ -116,6 +119,9 @@ def _check_shape(request: Request, backbone: Any) -> None:
             f"frames must be 1 + a multiple of {time} for backbone '{backbone.name}', got {request.frames}; nearest: {nearest}"
         )
     wide, high = request.size
+    if request.frames > LARGEST["frames"] or max(wide, high) > LARGEST["size"]:
+        most = f"at most {LARGEST['frames']} frames of {LARGEST['size']} pixels a side"
+        raise ValueError(f"{request.frames} frames of size {wide}x{high} are too many: {most}")
     if wide < 1 or high < 1 or wide % width or high % height:
         nearest_size = f"{max(1, round(wide / width)) * width}x{max(1, round(high / height)) * height}"
         need = f"a width in multiples of {width} and a height in multiples of {height}"

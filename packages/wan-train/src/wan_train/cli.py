@@ -35,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     listing = commands.add_parser("list", help="list recipes, objectives and data sets")
     add_common(listing, listing=True)
     listing.set_defaults(do=_list)
-    return run(lambda args: args.do(args), parser, argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["run"]:
+        words.sort(key=lambda word: word.startswith("-"))  # argparse reads no overrides after a flag; flags here take no values
+    return run(lambda args: args.do(args), parser, words)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -12,7 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from wan_dit.media import contact_sheet, whole_file
+from wan_dit._shared.files import replacing
+from wan_dit.media import contact_sheet
 
 
 class Tracker:
@@ -23,7 +24,7 @@ class Tracker:
         self.log_path = folder / "log.jsonl"
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         kept = _lines_until(self.log_path, step) if step and self.log_path.exists() else []
-        with whole_file(self.log_path) as scratch:
+        with replacing(self.log_path) as scratch:
             scratch.write_text("".join(f"{line}\n" for line in kept))
         self.file = self.log_path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # the first step whose points are dropped

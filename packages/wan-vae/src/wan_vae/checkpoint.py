@@ -6,9 +6,8 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -18,6 +17,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ._shared.files import replacing
+from ._shared.spec import UNKNOWN
 from ._shared.weights import PICKLES, State, locate, read_config, read_state, rename, strip_prefix
 from .config import WAN21, WAN22, VAEConfig
 from .model import WanVAE, spec_of
@@ -29,7 +30,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 DIFFUSERS_CLASS = "AutoencoderKLWan"
 PREFIXES = ("model.", "vae.", "first_stage_model.")
-UNNAMED = "unnamed"  # the latent space of a checkpoint that does not say and that no published one matches
+CONFIG_FILES = ("config.json", "model_index.json", "vae/config.json")
 
 # own field: diffusers field, and its default in AutoencoderKLWan
 DIFFUSERS_FIELDS: dict[str, tuple[str, Any]] = {
@@ -63,8 +64,13 @@ def read_checkpoint(path: Path) -> tuple[VAEConfig, State]:
 
 
 def describe(path: str | os.PathLike[str]) -> VAESpec:
-    """The facts of a checkpoint, from its config.json or the names and shapes in its header; reads no weights."""
-    file = _inside(locate(path))
+    """The facts of a checkpoint, from its config.json or the names and shapes in its header; reads no weights.
+
+    Of a Hub repository the weights are fetched only where no config.json describes a VAE.
+    """
+    file = _inside(locate(path, CONFIG_FILES))
+    if not _is_described(file):
+        file = _inside(locate(path, WanVAE.hub_files, WanVAE.hub_fallback))
     config, _ = _configured(file)
     return spec_of(config or infer_config(_read_shapes(file), file))
 
@@ -76,17 +82,21 @@ def save_official(vae: WanVAE, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"cannot write '{path}': give a name that ends in .pth or .safetensors")
     names = official_names(vae.config)
     state = {names[key]: value.detach().cpu().contiguous() for key, value in vae.state_dict().items()}
-    _write(path, lambda file: torch.save(state, file) if path.suffix == ".pth" else save_file(state, file, metadata={"format": "pt"}))
+    with replacing(path) as scratch:
+        if path.suffix == ".pth":
+            torch.save(state, scratch)
+        else:
+            save_file(state, scratch, metadata={"format": "pt"})
 
 
 def save_diffusers(vae: WanVAE, folder: str | os.PathLike[str]) -> None:
     """Write a folder that diffusers' `AutoencoderKLWan.from_pretrained` reads."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     names, config = diffusers_names(vae.config), diffusers_config(vae.config)
     state = {names[key]: value.detach().cpu().contiguous() for key, value in vae.state_dict().items()}
-    _write(folder / "diffusion_pytorch_model.safetensors", lambda file: save_file(state, file, metadata={"format": "pt"}))
-    _write(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
+    with replacing(folder / "config.json") as facts, replacing(folder / "diffusion_pytorch_model.safetensors") as weights:
+        facts.write_text(json.dumps(config, indent=2) + "\n")
+        save_file(state, weights, metadata={"format": "pt"})
 
 
 def diffusers_config(config: VAEConfig) -> dict[str, Any]:
@@ -108,13 +118,6 @@ def diffusers_config(config: VAEConfig) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path` and move there, so that nothing half-written is ever seen."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        write(Path(scratch) / path.name)
-        os.replace(Path(scratch) / path.name, path)
-
-
 def _inside(path: Path) -> Path:
     """The VAE within a model folder of several parts: `vae/` of a diffusers pipeline, `Wan2.1_VAE.pth` of an official one."""
     if path.is_dir():
@@ -123,6 +126,11 @@ def _inside(path: Path) -> Path:
         if files := sorted(file for file in path.glob("Wan2.*_VAE.*") if file.suffix in (*PICKLES, ".safetensors")):
             return files[0]
     return path
+
+
+def _is_described(path: Path) -> bool:
+    fields = read_config(path) or {}
+    return str(fields.get("format", "")).startswith("wan-vae/") or fields.get("_class_name") == DIFFUSERS_CLASS
 
 
 def _configured(path: Path) -> tuple[VAEConfig | None, bool]:
@@ -149,7 +157,7 @@ def _space(values: Mapping[str, Any]) -> str:
     for preset in (WAN21, WAN22):
         if tuple(values["latents_mean"]) == preset.latents_mean and tuple(values["latents_std"]) == preset.latents_std:
             return preset.latent_space
-    return UNNAMED
+    return UNKNOWN
 
 
 def _validated(fields: Mapping[str, Any], path: Path) -> VAEConfig:
@@ -191,7 +199,7 @@ def infer_config(shapes: Shapes, source: object = "checkpoint") -> VAEConfig:
         "temporal_downsample": times,
         "residual": any(re.match(r"encoder\.(downsamples\.\d+\.downsamples|down_blocks\.\d+\.resnets)\.", key) for key in shapes),
         "patch_size": math.isqrt(max(conv_in[1] // 3, 1)),
-        "latent_space": UNNAMED,
+        "latent_space": UNKNOWN,
     }
     return _with_statistics(_validated(fields, Path(str(source))))
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._shared.spec import UNKNOWN
 from .latents import LatentFile, LatentInfo, Padding, write_latents
 from .video import Frame, PathLike, VideoWriter, probe, read_frames, to_frames, to_tensor
 
@@ -24,14 +25,13 @@ class VideoCodec:
     """A VAE with files around it.
 
     vae: anything with `spec`, `encode`, `decode`, `encode_stream` and `decode_stream`, such as `wan_vae.load_vae()` gives
-    name: what latent files record as their codec, a registered name where there is one; by default the spec's
 
     Example: `VideoCodec(load_vae("wan2.1")).encode_file("film.mp4", "film.safetensors")`
     """
 
-    def __init__(self, vae: Any, *, name: str | None = None) -> None:
+    def __init__(self, vae: Any) -> None:
         self.vae, self.spec = vae, vae.spec
-        self.name = name or self.spec.name
+        self.name = self.spec.name
 
     def encode(self, video: Tensor) -> tuple[Tensor, Padding]:
         """A video `[B, 3, T, H, W]` in [-1, 1] of any length and size to latents and the padding it took."""
@@ -87,6 +87,7 @@ class VideoCodec:
             return LatentInfo(
                 codec=self.name,
                 weights=self._fingerprint(),
+                weights_dtype=self._dtype(),
                 latent_space=self.spec.latent_space,
                 fps=source.fps,
                 frames=count,
@@ -114,8 +115,8 @@ class VideoCodec:
 
         chunk: latent frames computed at a time after the first
         crf, lossless: see `VideoWriter`
-        Raises FileNotFoundError, and ValueError where the latents are of another space than the VAE's; warns where only
-        the weights differ.
+        Raises FileNotFoundError, and ValueError where the latents are of another space than the VAE's, or of an unknown
+        one and not from these weights; warns where only the weights differ. Weights can be told apart in one type only.
         """
         file = LatentFile.open(latent_path)
         self._check(file)
@@ -149,15 +150,28 @@ class VideoCodec:
                 f"{expected[0]} frames of {expected[2]}x{expected[1]}, its metadata say {padded[0]} of {padded[2]}x{padded[1]}"
             )
         own = self._fingerprint()
-        if info.weights and own and info.weights != own:
+        comparable = info.weights and own and info.weights_dtype == self._dtype()
+        if spec.latent_space == UNKNOWN and not (comparable and info.weights == own):
+            raise ValueError(
+                f"'{file.path}' holds latents of an unknown space, which only the VAE that made them decodes, and "
+                f"'{self.name}' has other weights or another type (made in {info.weights_dtype or 'none'}, now {self._dtype() or 'none'})"
+            )
+        if comparable and info.weights != own:
             message = f"'{file.path}' was encoded with other weights ({info.weights[:12]}) than '{self.name}' has ({own[:12]})"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def _fingerprint(self) -> str:
         return str(self.vae.fingerprint()) if hasattr(self.vae, "fingerprint") else ""
 
+    def _dtype(self) -> str:
+        parameter = self._parameter()
+        return "" if parameter is None else str(parameter.dtype).removeprefix("torch.")
+
+    def _parameter(self) -> Tensor | None:
+        return next(iter(self.vae.parameters()), None) if hasattr(self.vae, "parameters") else None
+
     def _place(self, x: Tensor) -> Tensor:
-        parameter = next(iter(self.vae.parameters()), None) if hasattr(self.vae, "parameters") else None
+        parameter = self._parameter()
         return x if parameter is None else x.to(parameter.device, parameter.dtype)
 
 

@@ -1,8 +1,8 @@
 """The latent file: one safetensors file that says what it holds, written and read chunk by chunk.
 
 Layout: a tensor `latents` `[T', C, H', W']` (frame-major, so that a stream appends to the end; no batch axis) and string
-metadata: `format` ("wan-vae-latents/1"), `codec`, `weights` (sha256), `latent_space`, `normalised` ("true"), `fps`
-("num/den"), `frames`, `width`, `height` (of the film, before padding), `pad_frames`, `pad_right`, `pad_bottom`, `rotation`
+metadata: `format` ("wan-vae-latents/1"), `codec`, `weights` (sha256 of them in the type they computed in, `weights_dtype`;
+both empty where the codec tells none), `latent_space`, `normalised` ("true"), `fps` ("num/den"), `frames`, `width`, `height` (of the film, before padding), `pad_frames`, `pad_right`, `pad_bottom`, `rotation`
 (degrees that were applied to the stored pictures), `color_range` (of the film).
 The header is written at a fixed size and filled in at the end, since the number of frames is known only then.
 """
@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .video import PathLike, replacing
+from ._shared.files import replacing
+from .video import PathLike
 
 FORMAT = "wan-vae-latents/1"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -49,6 +50,7 @@ class LatentInfo:
 
     codec: str
     weights: str
+    weights_dtype: str
     latent_space: str
     fps: Fraction
     frames: int
@@ -64,6 +66,7 @@ class LatentInfo:
             "format": FORMAT,
             "codec": self.codec,
             "weights": self.weights,
+            "weights_dtype": self.weights_dtype,
             "latent_space": self.latent_space,
             "normalised": "true",
             "fps": f"{self.fps.numerator}/{self.fps.denominator}",
@@ -87,7 +90,7 @@ class LatentInfo:
         try:
             numbers = {key: int(metadata[key]) for key in NUMBERS}
             fps = Fraction(metadata["fps"])
-            names = {key: metadata[key] for key in ("codec", "weights", "latent_space", "color_range")}
+            names = {key: metadata[key] for key in ("codec", "weights", "weights_dtype", "latent_space", "color_range")}
         except (KeyError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"its metadata are incomplete or wrong: {error}") from error
         if fps <= 0 or min(numbers["frames"], numbers["width"], numbers["height"]) < 1 or min(numbers.values()) < 0:

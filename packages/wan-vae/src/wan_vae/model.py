@@ -7,6 +7,7 @@ Shapes: B batch, C channels, T frames, H height, W width.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import pairwise
@@ -18,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ._shared.weights import Pretrained, State
-from .config import PRESETS, TINY, VAEConfig
+from .config import TINY, VAEConfig
 from .layers import CausalConv, Head, Middle, StreamState
 from .plugins import VAESpec
 from .resample import DownLevel, UpLevel
@@ -88,6 +89,8 @@ class WanVAE(Pretrained):
     """
 
     format = "wan-vae/1"
+    hub_files = ("config.json", "model_index.json", "vae/*", "Wan2.*_VAE.*")  # a whole video model may stand beside it
+    hub_fallback = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
     def __init__(self, config: VAEConfig = TINY) -> None:
         super().__init__()
@@ -185,7 +188,12 @@ class WanVAE(Pretrained):
     @property
     def spec(self) -> VAESpec:
         """What this instance is, as the record that plugins list."""
-        return spec_of(self.config)
+        return spec_of(self.config, self.name)
+
+    def fingerprint(self) -> str:
+        """sha256 of all that decides what a video becomes: weights and statistics."""
+        statistics = f"{super().fingerprint()} {self.config.latents_mean} {self.config.latents_std}"
+        return hashlib.sha256(statistics.encode()).hexdigest()
 
     def reinitialised(self, **architecture: Any) -> Self:
         """A new VAE with fresh weights and this one's config, with the fields in `architecture` changed and no statistics yet."""
@@ -246,10 +254,10 @@ class WanVAE(Pretrained):
             raise ValueError(f"latents are {tuple(latents.shape)}, expected [B, {self.config.z_dim}, T, H, W]")
 
 
-def spec_of(config: VAEConfig) -> VAESpec:
-    """The spec of a VAE with this configuration, under the registered name of its latent space where there is one."""
+def spec_of(config: VAEConfig, name: str | None = None) -> VAESpec:
+    """The spec of a VAE with this configuration, named by its latent space where it has no name."""
     return VAESpec(
-        name=next((name for name, preset in PRESETS.items() if preset.latent_space == config.latent_space), config.latent_space),
+        name=name or config.latent_space,
         target="wan_vae.model:WanVAE",
         latent_space=config.latent_space,
         latent_channels=config.z_dim,

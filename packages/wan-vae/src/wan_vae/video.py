@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
+
+from ._shared.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,27 +134,6 @@ def _to_rgb(frame: Any, reformatter: VideoReformatter) -> Frame:
         matrix = Colorspace.ITU709 if frame.height >= HD_LINES else Colorspace.ITU601
     picture = reformatter.reformat(frame, format="rgb24", src_colorspace=matrix, dst_color_range=ColorRange.JPEG).to_ndarray()
     return np.ascontiguousarray(np.rot90(picture, _rotation(frame) // 90))
-
-
-@contextmanager
-def replacing(path: PathLike) -> Iterator[Path]:
-    """A new scratch file beside `path` that takes its name at the end; on any error or interrupt it is deleted.
-
-    Raises OSError or ValueError at once where `path` cannot be written.
-    """
-    final = Path(os.path.realpath(path))
-    if final.exists() and not final.is_file():
-        raise ValueError(f"cannot write '{path}': it exists and is not a file")
-    scratch = final.with_name(f".{final.stem}.{secrets.token_hex(4)}{final.suffix}")
-    try:
-        scratch.touch(exist_ok=False)
-    except OSError as error:
-        raise OSError(f"cannot write '{path}': {error.strerror}") from error
-    try:
-        yield scratch
-        os.replace(scratch, final)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 class VideoWriter:

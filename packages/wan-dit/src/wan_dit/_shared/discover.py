@@ -168,7 +168,7 @@ def _unknown(kind: str, ref: str, pm: Any, found: list[Offer], broken: dict[str,
     if close := difflib.get_close_matches(ref.rpartition(":")[2], names, n=1):
         message += f"; did you mean '{close[0]}'?"
     message += ")"
-    if not names and install:
+    if install and (not names or (ref.startswith(f"{install}:") and all(offer.dist != install for offer in found))):
         message += (
             f"; {install} is disabled by WAN_DISABLE_PLUGINS" if install in getattr(pm, "disabled", ()) else f"; try: pip install {install}"
         )
