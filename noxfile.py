@@ -105,7 +105,7 @@ def tiny(session: nox.Session) -> None:
     """Train the built-in models again, about 75 minutes of one core, and put them, their logs and curves in place."""
     environment(session)
     for recipe, parts in TINY.items():
-        session.run(str(BIN / "wan-train"), "run", recipe, env=ONE_THREAD, external=True)
+        session.run(str(BIN / "wan-train"), "run", recipe, "--overwrite", env=ONE_THREAD, external=True)
         for part, package in parts.items():
             shutil.copytree(f"runs/{recipe}/export/{part}", SOURCES[package] / "weights" / "tiny", dirs_exist_ok=True)
     session.run(str(BIN / "python"), "bench/curves.py", *(f"runs/{recipe}" for recipe in TINY), "docs/training", external=True)

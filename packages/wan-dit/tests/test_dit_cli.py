@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ import av
 import pytest
 from PIL import Image
 from wan_dit.cli import main
+from wan_dit.events import Decoding, Loading, Step
+from wan_dit.progress import progress
 
 PROMPT = "a red circle moves left"
 SMALL = ["--steps", "2", "--frames", "5", "--size", "32x16"]
@@ -44,7 +47,8 @@ def test_generate_writes_a_video_a_contact_sheet_and_a_manifest(here: Path, caps
     out, err = capsys.readouterr()
     assert all(f"{name}.{suffix}" in out for suffix in ("mp4", "png", "json"))
     assert all(phase in out for phase in ("took:", "load ", "text ", "denoise ", "decode ", "write ", "try next: wan-dit generate"))
-    assert "2/2" in err
+    phases = ["loading text encoder tiny", "encoding", "loading backbone tiny", "loading vae tiny", "denoising", "decoding"]
+    assert err.splitlines() == [f"wan-dit: {phase}" for phase in phases], "no bar where stderr is no terminal"
 
 
 def test_output_is_a_file_or_a_folder(here: Path) -> None:
@@ -52,6 +56,45 @@ def test_output_is_a_file_or_a_folder(here: Path) -> None:
     assert main(["generate", PROMPT, *small, "--output", "a/b.mp4"]) == 0
     assert main(["generate", *PROMPT.split(), *small, "--output", "a"]) == 0
     assert {"a/b.mp4", "a/a-red-circle-moves-left-0.mp4"} <= set(files(here))
+
+
+def test_a_named_file_is_replaced_only_on_demand_and_a_made_up_name_is_numbered(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ["generate", PROMPT, "--steps", "1", "--frames", "1", "--size", "16x16", "--device", "cpu"]
+    (here / "package.json").write_text("{}")
+    (here / "sheet.png").write_text("")
+    for name, taken in (("package", "package.json"), ("sheet", "sheet.png")):
+        with monkeypatch.context() as patch:
+            patch.setattr("wan_dit.pipeline.Pipeline", None)  # refused before anything is made
+            assert main([*small, "--output", f"{name}.mp4"]) == 2
+        assert f"wan-dit: error: '{taken}' exists: choose another name, or replace it with --overwrite" in capsys.readouterr().err
+    assert files(here) == ["package.json", "sheet.png"]
+    assert main([*small, "--output", "sheet.mp4", "--overwrite"]) == 0
+    assert (here / "sheet.png").stat().st_size > 0
+    assert (here / "package.json").read_text() == "{}"
+
+    for options in ([], ["--output", "outputs"], [], ["--overwrite"]):
+        assert main([*small, *options]) == 0
+    name = "outputs/a-red-circle-moves-left-0"
+    assert [file for file in files(here) if file.endswith(".mp4")] == [f"{name}-2.mp4", f"{name}-3.mp4", f"{name}.mp4", "sheet.mp4"]
+    assert len(files(here / "outputs")) == 9
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress() as follow:
+        assert sys.stderr.getvalue() == ""
+        for event in (Loading("vae", "tiny"), Step(1, 2, 0.1, 0.5), Step(2, 2, 0.1, 0.0), Decoding(5)):
+            follow(event)
+    shown = sys.stderr.getvalue()
+    assert "loading vae tiny" in shown
+    assert shown.split("\r")[-1].startswith("decoding")
+    assert "2/2" in shown
 
 
 def test_settings_reach_the_run(here: Path) -> None:
@@ -81,7 +124,10 @@ def test_settings_reach_the_run(here: Path) -> None:
         ([PROMPT, "--model", "tinny"], "no model named 'tinny' (installed: tiny, wan2.1-t2v-1.3b, wan2.1-t2v-14b; did you mean 'tiny'?)"),
         ([PROMPT, "--vae", "wan2.3"], "no vae named 'wan2.3' (installed: tiny, wan2.1, wan2.2; did you mean 'wan2.2'?)"),
         ([PROMPT, "--text-encoder", "clip"], "no text encoder named 'clip'"),
-        ([PROMPT, "--backbone", "no/such/file.safetensors"], "no backbone named 'no/such/file.safetensors'"),
+        (
+            [PROMPT, "--backbone", "no/such/file.safetensors"],
+            "cannot fetch 'no/such/file.safetensors' from the Hub, and it is not in the cache",
+        ),
         ([PROMPT, "--scheduler", "euller"], "did you mean 'euler'?"),
         ([PROMPT, "--vae", "wan2.1"], "vae 'wan2.1' does not fit backbone 'tiny': its latent_space is wan2.1, the backbone needs tiny-1"),
         ([PROMPT, "--text-encoder", "umt5-xxl"], "its embedding_space is umt5-xxl, the backbone needs tiny-1; installed and fitting: tiny"),
@@ -89,7 +135,7 @@ def test_settings_reach_the_run(here: Path) -> None:
         ([PROMPT, "--size", "70x64"], "size 70x64 does not divide"),
         ([PROMPT, "--size", "large"], "size 'large' is not WIDTHxHEIGHT, such as 64x64"),
         ([PROMPT, "--frames", "16"], "frames must be 1 + a multiple of 4 for backbone 'tiny', got 16; nearest: 17"),
-        ([PROMPT, "--steps", "0"], "steps must be at least 1, got 0"),
+        ([PROMPT, "--steps", "0"], "steps must be at least 1 and at most 10000, got 0"),
         ([""], "the prompt is empty"),
         (["  "], "the prompt is empty"),
         ([" ".join(["red"] * 10_000)], "the prompt has 10000 words, text encoder 'tiny' reads at most 32 tokens: shorten it"),
@@ -128,7 +174,9 @@ def test_a_missing_package_comes_with_what_to_install(
 ) -> None:
     monkeypatch.setenv("WAN_DISABLE_PLUGINS", "wan-vae")
     assert main(["generate", PROMPT]) == 2
-    assert capsys.readouterr().err == "wan-dit: error: no vae named 'tiny' (installed: none); try: pip install wan-vae\n"
+    assert capsys.readouterr().err == (
+        "wan-dit: error: no vae named 'wan-vae:tiny' (installed: none); wan-vae is disabled by WAN_DISABLE_PLUGINS\n"
+    )
     assert files(here) == []
 
 
@@ -215,7 +263,10 @@ def test_check_finds_misspelt_hooks_and_targets(capsys: pytest.CaptureFixture[st
 def test_models_and_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--json"]) == 0
     models = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert (models["tiny"]["backbone"], models["tiny"]["size"], models["tiny"]["frames"]) == ("tiny", "64x64", 17)
+    assert (models["tiny"]["backbone"], models["tiny"]["size"], models["tiny"]["frames"]) == ("wan-dit:tiny", "64x64", 17)
+    assert main(["models"]) == 0
+    table = capsys.readouterr().out
+    assert "wan-dit:" not in table, "a table has the short names"
     assert main(["info", "tiny", "--json"]) == 0
     records = json.loads(capsys.readouterr().out)
     assert [record["kind"] for record in records] == ["wan_vaes", "wan_text_encoders", "wan_backbones", "wan_models"]

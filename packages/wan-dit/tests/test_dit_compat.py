@@ -16,6 +16,7 @@ class FakeSpec:
     """A spec of another package: no common base class, only the fields."""
 
     name: str
+    target: str = "nowhere:X"
     latent_space: str = "a"
     latent_channels: int = 4
     stride: Any = (4, 8, 8)
@@ -77,6 +78,27 @@ def test_the_first_mismatch_is_named(pm: PluginManager, vae: dict[str, Any], tex
     fitting_parts = "installed and fitting: " + ("v" if vae else "t")
     with pytest.raises(ValueError, match=f"{re.escape(expected)}.*; {fitting_parts}$"):
         check(BACKBONE, replace(VAE, **vae), replace(TEXT, **text), pm=pm)
+
+
+@pytest.mark.parametrize("backbone_space", ["unnamed", "wan2.1"])
+def test_what_is_unnamed_fits_nothing_not_even_another_unnamed_one(pm: PluginManager, backbone_space: str) -> None:
+    backbone = replace(BACKBONE, latent_space=backbone_space)
+    with pytest.raises(
+        ValueError, match=rf"its latent_space is unnamed, the backbone's is {backbone_space}.*write one name as 'latent_space'"
+    ):
+        check(backbone, replace(VAE, latent_space="unnamed"), TEXT, pm=pm)
+    with pytest.raises(ValueError, match=r"its embedding_space is unnamed.*write one name as 'embedding_space'"):
+        check(replace(BACKBONE, embedding_space="unnamed"), VAE, replace(TEXT, embedding_space="unnamed"), pm=pm)
+
+
+def test_parts_that_fit_are_listed_under_names_that_can_be_typed(pm: PluginManager) -> None:
+    class Another:
+        @hookimpl
+        def wan_vaes(self) -> list[Any]:
+            return [VAE]
+
+    pm.register(Another(), name="another")
+    assert fitting("wan_vaes", BACKBONE, pm) == ["another:v", "installed:v"]
 
 
 def test_nothing_installed_fits(pm: PluginManager) -> None:

@@ -32,8 +32,8 @@ def write(folder: Path, contexts: dict[str, torch.Tensor], **facts: Any) -> Path
     (folder / "encoder.json").write_text(json.dumps({**encoder, **facts}))
     rows = []
     for i, (prompt, context) in enumerate(contexts.items()):
-        save_file({"context": context}, folder / f"key{i}.safetensors")
-        rows.append({"sha256": hashlib.sha256(prompt.encode()).hexdigest(), "key": f"key{i}", "tokens": len(context), "truncated": False})
+        save_file({"context": context}, folder / f"{i:08x}.safetensors")
+        rows.append({"sha256": hashlib.sha256(prompt.encode()).hexdigest(), "key": f"{i:08x}", "tokens": len(context), "truncated": False})
     (folder / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -46,7 +46,7 @@ def test_a_video_needs_no_text_encoder(tmp_path: Path, contexts: dict[str, torch
     assert torch.equal(result.video, Pipeline("tiny")(PROMPT, **SMALL).video)
     assert result.manifest["context"] == str(folder)
     assert result.manifest["parts"]["text_encoder"]["weights"] == "f" * 64
-    Pipeline("tiny", context=folder / "key0.safetensors", pm=pm).stream(PROMPT)
+    Pipeline("tiny", context=folder / "00000000.safetensors", pm=pm).stream(PROMPT)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -96,11 +96,52 @@ def test_what_is_no_context_folder_is_refused(tmp_path: Path, contexts: dict[str
         ContextFiles(tmp_path)
     folder = write(tmp_path / "contexts", contexts)
     (folder / "index.jsonl").write_text('{"sha256": "00"}\n')
-    with pytest.raises(ValueError, match=r"is not a context folder .*'key'"):
+    with pytest.raises(ValueError, match=r"is not a context folder \('key' is None, expected a text\)"):
         ContextFiles(folder)
     wrong = write(tmp_path / "wrong", {PROMPT: torch.zeros(3, 5)})
-    with pytest.raises(ValueError, match=rf"context is \(3, 5\), expected \[tokens, {DIM}\]"):
+    with pytest.raises(ValueError, match=rf"it holds float32 \[3, 5\], expected floating-point numbers \[up to 32, {DIM}\]"):
         ContextFiles(wrong).encode([PROMPT])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"junk", "header"),
+        (b"", "header"),
+        ({"other": torch.zeros(3, DIM)}, "does not contain tensor context"),
+        ({"context": torch.zeros(3, DIM, dtype=torch.int64)}, r"it holds int64 \[3, \d+\], expected floating-point"),
+        ({"context": torch.zeros(0, DIM)}, r"it holds float32 \[0, "),
+        ({"context": torch.zeros(33, DIM)}, r"it holds float32 \[33, "),
+        ({"context": torch.full((3, DIM), float("nan"))}, "NaN or infinite"),
+    ],
+)
+def test_a_damaged_context_comes_with_what_to_do(tmp_path: Path, contexts: dict[str, torch.Tensor], content: Any, reason: str) -> None:
+    folder = write(tmp_path / "contexts", contexts)
+    file = folder / "00000000.safetensors"
+    file.write_bytes(content) if isinstance(content, bytes) else save_file(content, file)
+    advice = f"delete it and encode the prompt again: wan-text encode '{PROMPT}' --output "
+    with pytest.raises(ValueError, match=f"00000000.safetensors' is no context .*{reason}.*{advice}"):
+        Pipeline("tiny", context=folder)(PROMPT, **SMALL)
+    file.unlink()
+    with pytest.raises(LookupError, match=f"is missing; encode it again: wan-text encode '{PROMPT}' --output "):
+        ContextFiles(folder).encode([PROMPT])
+
+
+@pytest.mark.parametrize("key", ["../00000000", "/etc/passwd", "00/00", "", "key0", "AB", None, 7])
+def test_a_key_leads_to_no_other_folder(tmp_path: Path, contexts: dict[str, torch.Tensor], key: Any) -> None:
+    folder = write(tmp_path / "contexts", contexts)
+    rows = [json.loads(line) | {"key": key} for line in (folder / "index.jsonl").read_text().splitlines()]
+    (folder / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"is not a context folder \((key '.*' is not a hexadecimal name|'key' is .*expected a text)"):
+        ContextFiles(folder)
+
+
+@pytest.mark.parametrize(
+    "facts", [{"embed_dim": "96"}, {"embed_dim": 0}, {"max_tokens": True}, {"embedding_space": None}, {"fingerprint": 3}]
+)
+def test_an_encoder_that_is_badly_described_is_refused(tmp_path: Path, contexts: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"is not a context folder .'{next(iter(facts))}' is "):
+        ContextFiles(write(tmp_path / "contexts", contexts, **facts))
 
 
 def test_a_context_folder_and_an_encoder_exclude_each_other(tmp_path: Path) -> None:

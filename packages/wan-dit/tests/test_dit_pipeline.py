@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from wan_dit.events import Decoding, Done, Encoding, Event, Loading, Step
-from wan_dit.pipeline import Pipeline, Result
-from wan_dit.plugins import find, plugin_manager
+from wan_dit.pipeline import DTYPES, Pipeline, Result
+from wan_dit.plugins import PART_KINDS, find, plugin_manager
 from wan_dit.schedulers.euler import Euler
 
 PROMPT = "a red circle moves left"
@@ -134,7 +135,10 @@ def test_a_stream_that_is_left_does_not_switch_gradients_off(pipe: Pipeline) -> 
         (PROMPT, {"size": (65, 64)}, "size 65x64 does not divide.*nearest: 64x64"),
         (PROMPT, {"size": (64, 8)}, "multiples of 16.*nearest: 64x16"),
         (PROMPT, {"size": (0, 64)}, "nearest: 16x64"),
-        (PROMPT, {"steps": 0}, "steps must be at least 1, got 0"),
+        (PROMPT, {"steps": 0}, "steps must be at least 1 and at most 10000, got 0"),
+        (PROMPT, {"steps": 10**19}, "steps must be at least 1 and at most 10000, got 1"),
+        (PROMPT, {"size": (16 * 10**9, 16)}, "are too many: at most 1000000 frames of 65536 pixels a side"),
+        (PROMPT, {"frames": 1 + 4 * 10**9}, "are too many"),
         (PROMPT, {"shift": 0.0}, "shift must be a positive number, got 0"),
         (PROMPT, {"guidance": -1.0}, "guidance must be 0 or more .*, got -1"),
         (PROMPT, {"guidance": float("nan")}, "guidance must be"),
@@ -198,6 +202,75 @@ def test_weights_that_are_not_what_their_spec_says_are_found_before_denoising() 
     assert not any(isinstance(event, Step) for event in seen)
 
 
+def test_streams_of_one_pipeline_may_be_interleaved(pipe: Pipeline) -> None:
+    runs = [("a red circle moves left", {"seed": 1}), ("a blue star", {"seed": 2, "steps": 3}), (PROMPT, {"guidance": 1, "frames": 9})]
+    alone = [pipe(prompt, **SMALL | settings).video for prompt, settings in runs]
+    together = Pipeline("tiny")
+    streams = [together.stream(prompt, **SMALL | settings) for prompt, settings in runs]
+    results: dict[int, Tensor] = {}
+    while len(results) < len(streams):
+        for i, stream in enumerate(streams):
+            if isinstance(event := next(stream, None), Done):
+                results[i] = event.result.video
+    assert all(torch.equal(results[i], expected) for i, expected in enumerate(alone))
+
+
+def test_interleaved_streams_load_a_part_once(pipe: Pipeline) -> None:
+    loads = []
+
+    class Counting:
+        name = "counting"
+
+        def load(self, **options: Any) -> Any:
+            loads.append(options)
+            return inner.load(**options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+    inner = find("wan_backbones", "tiny")
+    together = Pipeline("tiny", backbone=Counting())
+    for _ in zip(together.stream(PROMPT, **SMALL), together.stream("a blue star", **SMALL), strict=False):
+        pass
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize(("part", "what"), [("text_encoder", "context"), ("backbone", "latents"), ("vae", "frames")])
+@pytest.mark.parametrize(("dtype", "advice"), [("fp16", "in float16: try --dtype bf16 or fp32"), ("bf16", "in bfloat16: try --dtype fp32")])
+def test_what_overflows_is_named_with_what_to_try(part: str, what: str, dtype: str, advice: str) -> None:
+    kind = PART_KINDS[part]
+    loaded = find(kind, "tiny").load(dtype=DTYPES[dtype])
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.mul_(float("inf"))  # weights of 0 become NaN, as a sum that overflows does
+    with pytest.raises(ValueError, match=f"{part.replace('_', ' ')} '.*' made {what} that are NaN or infinite, {advice}"):
+        Pipeline("tiny", **{part: loaded})(PROMPT, **SMALL)
+
+
+def test_a_result_is_saved_whole_and_replaces_nothing_unasked(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = pipe(PROMPT, **SMALL)
+    (tmp_path / "package.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"package.json' exists: choose another name, or .*overwrite=True"):
+        result.save(tmp_path / "package.mp4")
+    assert [file.name for file in tmp_path.iterdir()] == ["package.json"]
+    files = result.save(tmp_path / "a" / "b.mp4")
+    assert [file.name for file in files] == ["b.mp4", "b.png", "b.json"]
+    with pytest.raises(FileExistsError, match=r"b.mp4' exists"):
+        result.save(files[0])
+    files[0].write_bytes(b"old")
+    assert result.save(files[0], overwrite=True) == files
+    assert files[0].stat().st_size > 3
+    before = [file.read_bytes() for file in files]
+    for broken in ("wan_dit.media.contact_sheet", "wan_dit.manifest.Manifest"):
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, lambda *_, **__: exec("raise OSError('disk full')"))
+            for target in (tmp_path / "c.mp4", files[0]):
+                with pytest.raises(OSError, match="disk full"):
+                    result.save(target, overwrite=True)
+    assert [file.read_bytes() for file in files] == before, "nothing is replaced by half a run"
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["a", "b.json", "b.mp4", "b.png", "package.json"]
+
+
 def test_bfloat16_weights_change_the_video_a_little(pipe: Pipeline) -> None:
     exact = pipe(PROMPT, **SMALL).video
     rough = Pipeline("tiny", dtype="bf16")(PROMPT, **SMALL)
@@ -206,7 +279,13 @@ def test_bfloat16_weights_change_the_video_a_little(pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"dtype": "fp4"}, "dtype 'fp4' is not one of fp32"), ({"device": "toaster"}, "device 'toaster'")]
+    ("options", "message"),
+    [
+        ({"dtype": "fp4"}, "dtype 'fp4' is not one of fp32"),
+        ({"dtype": torch.int64}, "dtype 'torch.int64' is not one of fp32"),
+        ({"device": "toaster"}, "device 'toaster' cannot be used here: .*; the CPU always can: --device cpu"),
+        ({"device": "meta"}, "device 'meta' cannot be used here"),
+    ],
 )
 def test_unknown_dtypes_and_devices(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -225,6 +304,6 @@ def test_another_authors_parts_are_used_by_name(acme: Any) -> None:
 def test_a_lookup_uses_the_manager_it_is_given() -> None:
     pm = plugin_manager()
     pm.unregister(name="wan-vae")
-    with pytest.raises(LookupError, match=r"no vae named 'tiny'.*pip install wan-vae"):
+    with pytest.raises(LookupError, match=r"no vae named 'wan-vae:tiny'.*pip install wan-vae"):
         Pipeline("tiny", pm=pm)
     Pipeline("tiny")

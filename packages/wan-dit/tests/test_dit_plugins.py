@@ -12,12 +12,15 @@ import sys
 import tomllib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 from wan_dit.listing import KINDS
-from wan_dit.plugins import Hooks, PluginManager, SchedulerSpec, discover, find, hookimpl, plugin_manager
+from wan_dit.pipeline import Pipeline
+from wan_dit.plugins import PART_KINDS, Hooks, PluginManager, SchedulerSpec, discover, find, hookimpl, plugin_manager
 
 PACKAGES = Path(__file__).parents[2]
 NAMES = {"wan-vae": "wan_vae", "wan-text": "wan_text", "wan-dit": "wan_dit", "wan-train": "wan_train"}
@@ -87,7 +90,7 @@ def test_a_hook_that_raises_hides_only_itself_and_is_warned_of_once(install: Ins
 def test_a_hook_that_returns_something_else_is_reported(install: Install) -> None:
     install("wan-foo", "from wan_dit import hookimpl\n\n@hookimpl\ndef wan_schedulers():\n    return ['euler']\n")
     pm = plugin_manager()
-    with pytest.warns(RuntimeWarning, match="wan_schedulers must return specs with a name, got 'euler'"):
+    with pytest.warns(RuntimeWarning, match="wan_schedulers returned 'euler', which has no name, target, load"):
         assert schedulers(pm) == [("", "wan-foo")]
 
 
@@ -125,28 +128,80 @@ def test_import_strings_count_only_where_a_person_typed_them(acme: Path) -> None
             find("wan_schedulers", ref, pm)
 
 
-def test_a_string_is_a_path_before_it_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_is_a_name_whatever_stands_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pm = plugin_manager()
-    weights = PACKAGES / "wan-dit/src/wan_dit/weights/tiny"
-    (tmp_path / "tiny").symlink_to(weights)
+    (tmp_path / "tiny").symlink_to(PACKAGES / "wan-dit/src/wan_dit/weights/tiny")
     monkeypatch.chdir(tmp_path)
-    assert find("wan_backbones", "tiny", pm).weights == "tiny"
-    assert find("wan_backbones", "tiny", pm, typed=False).weights == "pkg:wan_dit/weights/tiny", "a recorded name is never a path"
-
-
-def test_a_hub_id_is_read_by_the_packages_own_format() -> None:
-    class Plugin:
-        @hookimpl
-        def wan_backbones(self) -> list[SchedulerSpec]:
-            from wan_dit._shared.spec import ModelSpec
-
-            return [ModelSpec("mine", "nowhere:X", format="mine/1")]  # type: ignore[list-item]
-
-    pm = PluginManager()
-    pm.register(Plugin(), name="plugin")
-    assert find("wan_backbones", "org/repo", pm).weights == "hub:org/repo"
+    assert find("wan_backbones", "tiny", pm).weights == "pkg:wan_dit/weights/tiny"
+    assert find("wan_backbones", "./tiny", pm).weights == "./tiny"
     with pytest.raises(LookupError):
-        find("wan_backbones", "org/repo", pm, typed=False)
+        find("wan_backbones", "./tiny", pm, typed=False)
+
+
+def test_a_hub_id_is_read_from_the_hub_and_only_where_it_is_typed() -> None:
+    for ref in ("org/repo", "hub:org/repo@main"):
+        with pytest.raises(OSError, match="cannot fetch 'org/repo"):
+            find("wan_backbones", ref)
+        with pytest.raises(LookupError):
+            find("wan_backbones", ref, typed=False)
+
+
+@pytest.mark.parametrize("name", ["tiny", "unipc", "wan2.1", "umt5-xxl", "wan2.1-t2v-1.3b"])
+def test_built_in_models_stay_whole_whatever_else_is_called_like_their_parts(install: Install, name: str) -> None:
+    source = """
+import wan_dit.plugin, wan_text.plugin, wan_vae.plugin
+from dataclasses import replace
+from wan_dit import hookimpl
+
+def named(specs):
+    return [replace(specs[0], name="{name}")]
+
+@hookimpl
+def wan_vaes(): return named(wan_vae.plugin.wan_vaes())
+@hookimpl
+def wan_text_encoders(): return named(wan_text.plugin.wan_text_encoders())
+@hookimpl
+def wan_backbones(): return named(wan_dit.plugin.wan_backbones())
+@hookimpl
+def wan_schedulers(): return named(wan_dit.plugin.wan_schedulers())
+@hookimpl
+def wan_models(): return named(wan_dit.plugin.wan_models())
+"""
+    install("wan-twin", source.replace("{name}", name))
+    pm = plugin_manager()
+    models = [offer.spec for offer in discover("wan_models", pm) if offer.dist == "wan-dit"]
+    assert len(models) == 3
+    for model in models:
+        for part, kind in PART_KINDS.items():
+            dist, _, expected = getattr(model, part).partition(":")
+            assert find(kind, getattr(model, part), pm, typed=False).name == expected
+            assert dist in NAMES
+    assert Pipeline(pm=pm).model in models
+
+
+PACKAGED = [
+    (offer.kind, offer.spec) for kind in PART_KINDS.values() for offer in discover(kind, plugin_manager())
+    if offer.spec and (getattr(offer.spec, "weights", None) or "").startswith("pkg:")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "spec"), PACKAGED, ids=[f"{kind}-{spec.name}" for kind, spec in PACKAGED])
+def test_what_is_registered_is_what_the_weights_say(kind: str, spec: Any) -> None:
+    assert replace(spec.at(spec.weights), name=spec.name, summary=spec.summary) == spec
+
+
+def test_every_part_of_the_built_in_model_is_packaged() -> None:
+    assert [(kind, spec.name) for kind, spec in PACKAGED] == [(kind, "tiny") for kind in PART_KINDS.values() if kind != "wan_schedulers"]
+
+
+def test_a_model_says_which_package_its_part_needs_even_where_others_offer_some(acme: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAN_DISABLE_PLUGINS", "wan-text")
+    pm = plugin_manager()
+    pm.unregister(name="wan-vae")
+    for part, package in (("vae", "try: pip install wan-vae"), ("text_encoder", "wan-text is disabled by WAN_DISABLE_PLUGINS")):
+        given = {"vae": "acme", "text_encoder": "acme"} | {part: None}
+        with pytest.raises(LookupError, match=rf"no {part.replace('_', ' ')} named '.*:tiny' \(installed: .*acme.*{package}"):
+            Pipeline(pm=pm, **given)
 
 
 def test_an_unknown_name_is_answered_with_the_closest_and_what_to_install() -> None:

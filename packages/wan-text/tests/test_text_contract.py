@@ -22,7 +22,8 @@ class TestFactory(TextEncoderContract):
     """An encoder that is not registered is given by overriding the fixture."""
 
     @pytest.fixture(scope="class")
-    def encoder(self, config: Any, spiece: bytes) -> TextEncoder:
+    @classmethod
+    def encoder(cls, config: Any, spiece: bytes) -> TextEncoder:
         return TextEncoder(config, spiece).eval()
 
 

@@ -145,7 +145,7 @@ def test_a_resume_that_forgets_something_ends_with_other_bits(
         resumed.load(half.output / "checkpoint.pt")
         for name, module in resumed.ema.modules.items():
             module.load_state_dict(fresh[name])
-        resumed.run()
+        resumed.run(overwrite=True)
     else:
         resumed.run(resume=True)
     changed = differences(whole.output / "checkpoint.pt", half.output / "checkpoint.pt")
@@ -202,7 +202,9 @@ def points(folder: Path, name: str = "loss") -> list[tuple[int, float]]:
 def test_logs_have_each_step_once_after_a_resume(vae_recipe: Recipe) -> None:
     config = vae_recipe("save_every=2")
     Trainer(config).run(until=3)
-    Trainer(config).run(until=5)  # from the start again, into the same folder
+    with pytest.raises(ValueError, match="holds a run"):
+        Trainer(config).run(until=5)
+    Trainer(config).run(until=5, overwrite=True)  # from the start again, into the same folder
     assert checkpoint.load(config.output / "checkpoint.pt")["step"] == 5
     with (config.output / "log.jsonl").open("a") as log:
         log.write('{"step": 6, "loss": 0.5}\n{"step": 7, "lo')  # of a step that was not saved, and one cut short by a kill

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -18,11 +21,11 @@ from wan_vae.testing import randomise
 
 FLAT = VAEConfig(
     base_dim=6, decoder_base_dim=10, z_dim=3, dim_mult=(1, 2, 2, 4), temporal_downsample=(True, False, True),
-    num_res_blocks=2, latent_space="unnamed",
+    num_res_blocks=2, latent_space="unknown",
 )  # fmt: skip
 NESTED = VAEConfig(
     base_dim=4, decoder_base_dim=8, z_dim=5, dim_mult=(2, 2, 2), temporal_downsample=(False, True),
-    num_res_blocks=1, residual=True, patch_size=2, latent_space="unnamed",
+    num_res_blocks=1, residual=True, patch_size=2, latent_space="unknown",
 )  # fmt: skip
 
 
@@ -251,3 +254,86 @@ def test_the_built_in_weights_load_by_name() -> None:
     assert not vae.training
     assert (vae.spec.latent_space, vae.spec.latent_channels, vae.spec.stride) == (spec.latent_space, spec.latent_channels, spec.stride)
     assert next(vae.parameters()).dtype == torch.float32
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """A Hub that serves the files in `tmp_path / "repo"` by pattern; the call gives what was fetched since the last one."""
+    fetched: list[str] = []
+
+    def snapshot_download(repo: str, revision: str | None = None, allow_patterns: list[str] | None = None) -> str:
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        for file in sorted((tmp_path / "repo").rglob("*.*")):
+            name = file.relative_to(tmp_path / "repo").as_posix()
+            if any(fnmatch(name, pattern) for pattern in allow_patterns or ["*"]) and not (tmp_path / "cache" / name).exists():
+                (tmp_path / "cache" / name).parent.mkdir(exist_ok=True)
+                shutil.copy(file, tmp_path / "cache" / name)
+                fetched.append(name)
+        return str(tmp_path / "cache")
+
+    def since() -> list[str]:
+        names = fetched.copy()
+        fetched.clear()
+        return names
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return since
+
+
+def other_parts(folder: Path) -> None:
+    """What of a video model is no VAE."""
+    for name in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "models_t5_umt5-xxl-enc-bf16.pth"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"many gigabytes")
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-00001-of-00002.safetensors"):
+        (folder / name).write_bytes(b"many gigabytes")
+
+
+@pytest.mark.parametrize("kind", ["ours", "diffusers"])
+def test_of_a_vae_on_the_hub_the_facts_need_no_weights(vae: WanVAE, tmp_path: Path, hub: Callable[[], list[str]], kind: str) -> None:
+    vae.save_pretrained(tmp_path / "repo") if kind == "ours" else save_diffusers(vae, tmp_path / "repo")
+    weights = "model.safetensors" if kind == "ours" else "diffusion_pytorch_model.safetensors"
+    assert find_vae("org/repo").stride == vae.spec.stride
+    assert hub() == ["config.json"]
+    assert same(WanVAE.from_pretrained("org/repo"), vae)
+    assert hub() == [weights]
+
+
+def test_of_a_video_model_on_the_hub_the_vae_alone_is_fetched(vae: WanVAE, tmp_path: Path, hub: Callable[[], list[str]]) -> None:
+    other_parts(tmp_path / "repo")
+    (tmp_path / "repo" / "config.json").write_text('{"_class_name": "WanModel"}')
+    save_official(vae, tmp_path / "repo" / "Wan2.1_VAE.pth")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "diffusion_pytorch_model.safetensors").write_bytes(b"fetched for a transformer")
+    assert describe("hub:org/repo").stride == vae.spec.stride
+    assert same(find_vae("org/repo").load(), vae)
+    assert hub() == ["config.json", "Wan2.1_VAE.pth"]
+
+
+def test_of_a_diffusers_pipeline_on_the_hub_the_vae_alone_is_fetched(vae: WanVAE, tmp_path: Path, hub: Callable[[], list[str]]) -> None:
+    other_parts(tmp_path / "repo")
+    (tmp_path / "repo" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    save_diffusers(vae, tmp_path / "repo" / "vae")
+    assert describe("hub:org/repo").stride == vae.spec.stride
+    assert hub() == ["model_index.json", "vae/config.json"]
+    assert same(WanVAE.from_pretrained("hub:org/repo"), vae)
+    assert hub() == ["vae/diffusion_pytorch_model.safetensors"]
+
+
+def test_a_part_knows_the_registered_name_it_was_loaded_by(tmp_path: Path) -> None:
+    vae = find_vae("tiny").load()
+    assert (vae.name, vae.spec.name) == ("tiny", "tiny")
+    vae.save_pretrained(tmp_path / "mine")
+    for other in (find_vae(str(tmp_path / "mine")).load(), find_vae("wan_vae.model:WanVAE").load(), vae.reinitialised()):
+        assert (other.name, other.spec.name) == (None, "tiny-1")
+
+
+def test_the_fingerprint_covers_weights_and_statistics(vae: WanVAE, tmp_path: Path) -> None:
+    vae.save_pretrained(tmp_path / "saved")
+    same, moved = WanVAE.from_pretrained(tmp_path / "saved"), WanVAE.from_pretrained(tmp_path / "saved")
+    assert same.fingerprint() == vae.fingerprint()
+    moved.config = vae.config.model_copy(update={"latents_mean": (0.1,) * vae.config.z_dim})
+    assert moved.fingerprint() != vae.fingerprint()
+    with torch.no_grad():
+        same.last_layer[0, 0] += 1
+    assert same.fingerprint() != vae.fingerprint()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -16,8 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from shuffle_vae import ShuffleVAE, StoppingVAE
-from wan_vae import VideoCodec, WanVAE
+from wan_vae import VideoCodec, WanVAE, load_vae
+from wan_vae._shared.spec import UNKNOWN
+from wan_vae.config import TINY
 from wan_vae.latents import LatentFile, LatentInfo, Padding, is_latent_file, write_latents
+from wan_vae.metrics import psnr
 from wan_vae.video import probe, read_frames, to_frames, to_tensor
 
 Film = Callable[..., Path]
@@ -87,6 +91,7 @@ def test_latent_file_is_plain_safetensors_that_says_what_it_holds(film: Film, tm
         "format": "wan-vae-latents/1",
         "codec": "my-codec",
         "weights": "",
+        "weights_dtype": "",
         "latent_space": "shuffle-1",
         "normalised": "true",
         "fps": "24/1",
@@ -113,13 +118,45 @@ def test_latents_are_stored_in_the_type_asked_for(film: Film, tmp_path: Path, dt
 def test_latents_of_another_space_are_refused_and_other_weights_warned_of(film: Film, tiny: WanVAE, tmp_path: Path) -> None:
     latents, back = tmp_path / "film.safetensors", tmp_path / "back.mp4"
     VideoCodec(ShuffleVAE()).encode_file(film(), latents)
-    with pytest.raises(ValueError, match=r"space 'shuffle-1' \(codec 'shuffle'\), but 'tiny' decodes 'tiny-1'"):
-        VideoCodec(tiny, name="tiny").decode_file(latents, back)
+    with pytest.raises(ValueError, match=r"space 'shuffle-1' \(codec 'shuffle'\), but 'mine' decodes 'tiny-1'"):
+        VideoCodec(tiny, name="mine").decode_file(latents, back)
     assert not back.exists()
     VideoCodec(tiny).encode_file(film(), latents)
     torch.manual_seed(1)
     with pytest.warns(RuntimeWarning, match="was encoded with other weights"):
         VideoCodec(WanVAE().eval()).decode_file(latents, back)
+
+
+def test_weights_are_compared_in_one_type_only(film: Film, tmp_path: Path) -> None:
+    latents, back = tmp_path / "film.safetensors", tmp_path / "back.mp4"
+    assert VideoCodec(load_vae("tiny")).encode_file(film(), latents).weights_dtype == "float32"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VideoCodec(load_vae("tiny", dtype=torch.bfloat16)).decode_file(latents, back)
+        VideoCodec(load_vae("tiny")).decode_file(latents, back)
+
+
+def test_the_codec_is_recorded_by_its_registered_name(film: Film, tmp_path: Path) -> None:
+    assert VideoCodec(load_vae("tiny")).encode_file(film(), tmp_path / "film.safetensors").codec == "tiny"
+
+
+def test_latents_of_an_unknown_space_are_decoded_by_the_vae_that_made_them_alone(film: Film, tmp_path: Path) -> None:
+    latents, back = tmp_path / "film.safetensors", tmp_path / "back.mp4"
+    maker, other = (WanVAE(TINY.model_copy(update={"latent_space": UNKNOWN})).eval() for _ in range(2))
+    VideoCodec(maker).encode_file(film(), latents)
+    assert VideoCodec(maker).decode_file(latents, back).frames == 7
+    for wrong in (other, maker.to(torch.bfloat16)):
+        with pytest.raises(ValueError, match="latents of an unknown space, which only the VAE that made them decodes"):
+            VideoCodec(wrong).decode_file(latents, tmp_path / "other.mp4")
+    assert not (tmp_path / "other.mp4").exists()
+
+
+def test_the_built_in_vae_keeps_a_moving_square() -> None:
+    video = torch.full((1, 3, 9, 64, 64), -0.8)
+    for t in range(video.shape[2]):
+        video[:, 0, t, 20:40, 4 + 4 * t : 24 + 4 * t] = 0.9
+    codec = VideoCodec(load_vae("tiny"))
+    assert psnr(codec.decode(*codec.encode(video)), video) > 25
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_a_folder_of_ours_loads_there_and_back(name: str, tmp_path: Path) -> Non
     theirs = AutoencoderKLWan.from_pretrained(tmp_path)
     assert theirs.config.latents_std == [2.0] * CONFIGS[name].z_dim
     back = WanVAE.from_pretrained(tmp_path)
-    assert back.config == vae.config.model_copy(update={"latent_space": "unnamed"})
+    assert back.config == vae.config.model_copy(update={"latent_space": "unknown"})
     assert all(torch.equal(value, back.state_dict()[key]) for key, value in vae.state_dict().items())
     theirs.save_pretrained(tmp_path / "theirs")
     again = WanVAE.from_pretrained(tmp_path / "theirs")

@@ -39,7 +39,7 @@ class ContextFiles:
             encoder = read_json(self.folder / "encoder.json")
             facts = {name: _typed(encoder, name, kind) for name, kind in FACTS.items()}
             lines = (self.folder / "index.jsonl").read_text().splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
+            rows = [json.loads(line) for line in lines if line.strip() and not _is_torn(line)]
             self.rows = {_typed(row, "sha256", str): (_key(row), bool(row.get("truncated"))) for row in rows}
             self._fingerprint = None if encoder.get("fingerprint") is None else _typed(encoder, "fingerprint", str)
         except (OSError, ValueError) as error:
@@ -94,6 +94,11 @@ def _typed(record: Any, name: str, kind: type) -> Any:
     if type(value) is not kind or (isinstance(value, int) and value < 1):
         raise ValueError(f"'{name}' is {value!r}, expected {'a text' if kind is str else 'a positive whole number'}")
     return value
+
+
+def _is_torn(line: str) -> bool:
+    """Lines are appended: one that a crash or a writer at work has left without its end is not there yet."""
+    return line.startswith("{") and not line.endswith("}")
 
 
 def _key(row: dict[str, Any]) -> str:

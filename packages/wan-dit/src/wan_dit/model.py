@@ -9,7 +9,6 @@ Shape suffixes: B batch, L tokens, M context rows, D width, P rotary pairs, R ti
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ._shared.weights import Pretrained, State, locate
+from ._shared.weights import Pretrained, State
 from .attention import CrossAttention, SelfAttention, pad_bias
 from .checkpoint import HUB_FILES, names, read_checkpoint
 from .config import DiTConfig
@@ -100,6 +99,7 @@ class WanDiT(Pretrained):
     """
 
     format = "wan-dit/1"
+    hub_files = HUB_FILES
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class WanDiT(Pretrained):
 
     @property
     def spec(self) -> BackboneSpec:
-        return self.config.spec()
+        return self.config.spec(self.name or "wan-dit")
 
     def encode_context(self, text: list[Tensor], conditioning: Conditioning | None = None) -> Context:
         """Project prompts and compute the keys and values of every block's cross-attention, once for all steps.
@@ -195,14 +195,6 @@ class WanDiT(Pretrained):
         model = super().reinitialised(**architecture)
         model.init_weights()
         return model
-
-    @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], *, dtype: Any = None, device: Any = None) -> Self:
-        """Load a folder, a file or a Hub id in any layout of `checkpoint.py`; of a Hub repository only the transformer is fetched.
-
-        dtype None is fp32 on a CPU and the checkpoint's own on a GPU (bf16 where that is fp32); device None is the CPU.
-        """
-        return super().from_pretrained(locate(source, HUB_FILES), dtype=dtype, device=device)
 
     @classmethod
     def read_checkpoint(cls, path: Path) -> tuple[DiTConfig, State]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import compat, manifest, outputs
 from ._shared.files import replacing
+from ._shared.weights import usable_device
 from .context_files import ContextFiles
 from .events import Decoding, Done, Encoding, Event, Loading, Step
 from .guidance import guided_velocity
@@ -102,7 +103,7 @@ class Pipeline:
         self.pm = pm or plugin_manager()
         self.model: VideoModelSpec = find("wan_models", model, self.pm) if isinstance(model, str) else model
         self.context = None if context is None else str(context)
-        self.device, self.dtype = _device(device), _dtype(dtype)
+        self.device, self.dtype = usable_device(device or "cpu"), _dtype(dtype)
         self.specs: dict[str, Any] = {}
         self._loaded: dict[str, Any] = {}
         self._contexts: dict[str, Tensor] = {}
@@ -279,16 +280,6 @@ class Pipeline:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         timings[phase] += time.perf_counter() - began
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    try:
-        found = torch.empty(0, device=device or "cpu").device
-        torch.Generator(found)  # refuses what can hold no numbers, such as meta
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by the way it was built
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device '{device}' cannot be used here: {reason}; the CPU always can: --device cpu") from error
-    return found
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -37,8 +37,9 @@ class BackboneContract:
     tolerance: ClassVar[float] = 1e-5
 
     @pytest.fixture(scope="class")
-    def backbone(self) -> Any:
-        return find("wan_backbones", self.plugin).load(dtype=torch.float32)
+    @classmethod
+    def backbone(cls) -> Any:
+        return find("wan_backbones", cls.plugin).load(dtype=torch.float32)
 
     def inputs(self, backbone: Any, batch: int = 2) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Random latents, timesteps that differ and prompts of different lengths."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from ._shared.cli import add_common, run, show
+from ._shared.cli import Parser, add_common, run, show
 from ._shared.discover import discover, resolve
 from .plugins import TextEncoderSpec, find_text_encoder, plugin_manager
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="wan-text",
         description="Prompts to context tokens.",
         epilog="example: wan-text encode 'a red circle moves left' '' -o contexts",
@@ -167,13 +167,9 @@ def _recorded(facts: dict[str, Any] | None) -> TextEncoderSpec:
 def _load(spec: TextEncoderSpec, args: argparse.Namespace) -> Any:
     import torch
 
-    from ._shared.weights import best_device
+    from ._shared.weights import best_device, usable_device
 
-    try:
-        device = torch.device(args.device or best_device())
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"no device '{args.device}' on this machine (the best there is: {best_device()})") from error
+    device = usable_device(args.device or best_device())
     return spec.load(dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else None, device=device)
 
 

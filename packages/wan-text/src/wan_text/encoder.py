@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from ._shared.weights import Pretrained, State, build, locate
+from ._shared.weights import Pretrained, State
 from .config import UMT5Config
 from .plugins import TextEncoderSpec
 from .tokenizer import PAD, Tokenizer, Tokens, clean, cleaner_id, train_tokenizer
@@ -26,12 +25,16 @@ _BATCH_TOKENS = 4096  # of a batch, padding included: 8 prompts of 512
 class TextEncoder(Pretrained):
     """A umT5 encoder with its tokenizer.
 
+    `from_pretrained` takes our folder, an official release, a Hugging Face or diffusers folder, or a file with
+    `spiece.model` beside it.
+
     spiece: the bytes of the sentencepiece model
 
     Example: `load_text_encoder("tiny").encode(["a red circle", ""])` is a list of two tensors, `[L, 96]` and `[1, 96]`.
     """
 
     format: ClassVar[str] = checkpoint.FORMAT
+    hub_files = checkpoint.HUB_FILES
 
     def __init__(self, config: UMT5Config, spiece: bytes) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class TextEncoder(Pretrained):
     @property
     def spec(self) -> TextEncoderSpec:
         """Width, length and embedding space of what `encode` returns."""
-        return checkpoint.spec_of(self.config, self.config.embedding_space)
+        return checkpoint.spec_of(self.config, self.name or self.config.embedding_space)
 
     @property
     def cleaner(self) -> str:
@@ -82,15 +85,8 @@ class TextEncoder(Pretrained):
         return self.tokenizer.tokenize(prompts)
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], *, dtype: Any = None, device: Any = None) -> Self:
-        """Load our folder, an official release, a Hugging Face or diffusers folder, or a file with `spiece.model` beside it.
-
-        dtype None is fp32 on a CPU and the checkpoint's own on a GPU (bf16 where that is fp32); device None is the CPU.
-        """
-        path = locate(source, checkpoint.HUB_FILES)
-        spiece = checkpoint.read_spiece(path)
-        config, state = cls.read_checkpoint(path)
-        return build(lambda: cls(config, spiece), state, dtype=dtype, device=device, source=path)
+    def make(cls, config: UMT5Config, path: Path) -> Self:
+        return cls(config, checkpoint.read_spiece(path))
 
     def reinitialised(self, **architecture: Any) -> Self:
         """A new encoder with fresh weights and this one's tokenizer, with the fields in `architecture` changed."""

@@ -34,8 +34,9 @@ class TextEncoderContract:
     tolerance: ClassVar[float] = 1e-5
 
     @pytest.fixture(scope="class")
-    def encoder(self) -> Any:
-        return find_text_encoder(self.plugin).load(dtype=torch.float32)
+    @classmethod
+    def encoder(cls) -> Any:
+        return find_text_encoder(cls.plugin).load(dtype=torch.float32)
 
     def too_long(self, encoder: Any) -> str:
         """A prompt with more tokens than fit."""

@@ -6,19 +6,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from wan_dit._shared.cli import add_common, run, show
+from wan_dit._shared.cli import Parser, add_common, run, show
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser("wan-train", description="Train and evaluate Wan video models.")
+    parser = Parser("wan-train", description="Train and evaluate Wan video models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
         "run", help="run a recipe", description="Run a recipe, e.g. wan-train run tiny-vae steps=100 optimiser.lr=1e-3"
     )
     train.add_argument("recipe", help="a .toml file, or the name of a recipe in the package")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to change, with dotted names")
-    train.add_argument("--resume", action="store_true", help="take up the run in the recipe's output folder")
+    again = train.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="take up the run in the recipe's output folder")
+    again.add_argument("--overwrite", action="store_true", help="begin anew over the run in the recipe's output folder")
     add_common(train)
     train.set_defaults(do=_run)
     evaluate = commands.add_parser(
@@ -47,7 +49,7 @@ def _run(args: argparse.Namespace) -> None:
     config = TrainConfig.from_toml(args.recipe, args.overrides)
     from .trainer import Trainer
 
-    folder = Trainer(config).run(resume=args.resume, progress=sys.stderr.isatty())
+    folder = Trainer(config).run(resume=args.resume, overwrite=args.overwrite, progress=sys.stderr.isatty())
     print(f"trained parts: {folder}\nlog: {config.output / 'log.jsonl'}\npreviews: {config.output / 'previews'}")
 
 

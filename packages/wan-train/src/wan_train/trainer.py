@@ -43,11 +43,18 @@ class Trainer:
         self.ema = EMA(self.objective.modules, config.ema)
         self.step = 0
 
-    def run(self, *, resume: bool = False, progress: bool = False, until: int | None = None) -> Path:
-        """Train to `config.steps` (or stop after `until`) and return the folder of the exported parts."""
+    def run(self, *, resume: bool = False, overwrite: bool = False, progress: bool = False, until: int | None = None) -> Path:
+        """Train to `config.steps` (or stop after `until`) and return the folder of the exported parts.
+
+        resume: take up the run in the output folder; overwrite: begin anew over it
+        Raises ValueError where the folder holds a run and neither is asked for.
+        """
         config, last = self.config, min(until or self.config.steps, self.config.steps)
+        path = config.output / "checkpoint.pt"
         if resume:
-            self.load(config.output / "checkpoint.pt")
+            self.load(path)
+        elif path.exists() and not overwrite:
+            raise ValueError(f"'{config.output}' holds a run: give --resume to take it up, --overwrite to begin anew, or another output=")
         _make_folder(config.output)
         self.objective.prepare()
         with (
@@ -64,7 +71,7 @@ class Trainer:
                 if _due(self.step, config.preview_every, config.steps):
                     self._preview(tracker)
                 if _due(self.step, config.save_every, last):
-                    self.save(config.output / "checkpoint.pt")
+                    self.save(path)
         if self.step == config.steps:
             self.objective.export(self.ema.modules, str(config.output / "export"))
         return config.output / "export"

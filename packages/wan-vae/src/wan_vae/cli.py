@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from ._shared.cli import add_common, run, show
+from ._shared.cli import Parser, add_common, run, show
 from ._shared.discover import Offer, discover, resolve
 from .plugins import VAESpec, find_vae, plugin_manager
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="wan-vae",
         description="Film to latents and back, at constant memory.",
         epilog="example: wan-vae encode film.mp4 film.safetensors && wan-vae decode film.safetensors back.mp4",
@@ -45,14 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("output", nargs="?", help="the latent file (default: the film's name with .safetensors)")
     encode.add_argument("--codec", help="name, file, folder, Hub id or module:attr of a VAE (default: the built-in tiny)")
     encode.add_argument("--latent-dtype", choices=DTYPES, default="fp32", help="type of the latents in the file (default: fp32)")
-    encode.add_argument("--frames", type=_count, help="encode only the first so many frames")
+    encode.add_argument("--frames", type=_whole_number(1), help="encode only the first so many frames")
     _add_running(encode)
 
     decode = _command(commands, "decode", _decode, "latent file to film", "wan-vae decode film.safetensors back.mp4")
     decode.add_argument("latents", help="a latent file")
     decode.add_argument("output", nargs="?", help="the video file (default: the latent file's name with .decoded.mp4)")
     decode.add_argument("--codec", help="name, file, folder, Hub id or module:attr of a VAE (default: the one the file names)")
-    decode.add_argument("--crf", type=int, default=18, choices=range(52), metavar="0-51", help="H.264 quality, 0 is best (default: 18)")
+    decode.add_argument("--crf", type=_whole_number(0, 51), default=18, metavar="0-51", help="H.264 quality, 0 is best (default: 18)")
     decode.add_argument("--lossless", action="store_true", help="store RGB as it is decoded")
     _add_running(decode)
 
@@ -78,15 +78,20 @@ def _command(commands: Any, name: str, run_it: Any, text: str, example: str, *, 
 def _add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="type to compute in (default: fp32; to decode on a GPU the checkpoint's own)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    parser.add_argument("--chunk", type=_count, default=1, help="latent frames at a time, more take more memory (default: 1)")
+    parser.add_argument("--chunk", type=_whole_number(1), default=1, help="latent frames at a time, more take more memory (default: 1)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
     parser.add_argument("--progress", action="store_true", help="show progress where stderr is no terminal, too")
 
 
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
+def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text) if text.isdecimal() else -1
+        if value < least or (most is not None and value > most):
+            bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number {bounds}")
+        return value
+
+    return read
 
 
 def _encode(args: argparse.Namespace) -> None:
@@ -183,20 +188,16 @@ def _named_codec(info: LatentInfo) -> VAESpec:
 
 
 def _recorded_name(spec: VAESpec) -> str | None:
-    """The name for the latent file: none for a path or Hub id, which mean nothing elsewhere."""
-    return None if spec.name == spec.weights else spec.name
+    """The name for the latent file: none for a path, Hub id or import string, which mean nothing elsewhere."""
+    return None if spec.name in (spec.weights, spec.target) else spec.name
 
 
 def _load(spec: VAESpec, args: argparse.Namespace, default_dtype: torch.dtype | None = None) -> Any:
     import torch
 
-    from ._shared.weights import best_device
+    from ._shared.weights import best_device, usable_device
 
-    try:
-        device = torch.device(args.device or best_device())
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"no device '{args.device}' on this machine (the best there is: {best_device()})") from error
+    device = usable_device(args.device or best_device())
     return spec.load(dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else default_dtype, device=device)
 
 

@@ -25,13 +25,14 @@ class VideoCodec:
     """A VAE with files around it.
 
     vae: anything with `spec`, `encode`, `decode`, `encode_stream` and `decode_stream`, such as `wan_vae.load_vae()` gives
+    name: what latent files record as their codec, a registered name where there is one; by default the spec's
 
     Example: `VideoCodec(load_vae("wan2.1")).encode_file("film.mp4", "film.safetensors")`
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, *, name: str | None = None) -> None:
         self.vae, self.spec = vae, vae.spec
-        self.name = self.spec.name
+        self.name = name or self.spec.name
 
     def encode(self, video: Tensor) -> tuple[Tensor, Padding]:
         """A video `[B, 3, T, H, W]` in [-1, 1] of any length and size to latents and the padding it took."""

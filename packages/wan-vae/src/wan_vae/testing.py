@@ -52,8 +52,9 @@ class VAEContract:
     tolerance: ClassVar[float] = 1e-5
 
     @pytest.fixture(scope="class")
-    def vae(self) -> Any:
-        return find_vae(self.plugin).load(dtype=torch.float32)
+    @classmethod
+    def vae(cls) -> Any:
+        return find_vae(cls.plugin).load(dtype=torch.float32)
 
     def video(self, vae: Any, batch: int = 1, seed: int = 0) -> Tensor:
         """A random clip `[B, 3, T, H, W]` in [-1, 1]."""

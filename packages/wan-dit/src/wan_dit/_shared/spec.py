@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from pkgutil import resolve_name
 from typing import Any, Self
 
+UNKNOWN = "unknown"  # the tag of a space that a checkpoint does not name; it equals nothing, itself included
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -38,9 +40,12 @@ class ModelSpec(Spec):
 
         dtype None is fp32 on a CPU and the checkpoint's own on a GPU (bf16 where that is fp32); device None is the CPU.
         """
-        from .weights import load_part
+        from .weights import Pretrained, load_part
 
-        return load_part(self.resolve(), weights or self.weights, dtype=dtype, device=device)
+        part = load_part(self.resolve(), weights or self.weights, dtype=dtype, device=device)
+        if isinstance(part, Pretrained) and weights is None and self.name not in (self.weights, self.target):
+            part.name = self.name
+        return part
 
     def at(self, path: str) -> Self:
         """This spec for the checkpoint at `path`, its fields read from the file where `describe` is set."""

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -24,17 +25,19 @@ M = TypeVar("M", bound=nn.Module)
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
-def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None) -> Path:
+def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None, fallback: Sequence[str] = ()) -> Path:
     """The local file or folder of `pkg:package/path`, `hub:org/repo[@revision][/path]`, a path, or `org/repo` on the Hub.
 
     patterns: of a Hub repository fetch only the files that match one, such as `tokenizer/*`
+    fallback: patterns to fetch where no weights match those
     """
     text = str(source)
     if text.startswith("pkg:"):
         package, _, inner = text.removeprefix("pkg:").partition("/")
         path = Path(str(files(package))) / inner
     elif text.startswith("hub:") or (not Path(text).exists() and text.count("/") == 1 and text[0] not in "./~"):
-        return _download(text.removeprefix("hub:"), patterns)
+        folder = _download(text.removeprefix("hub:"), patterns)
+        return _download(text.removeprefix("hub:"), fallback) if fallback and not _has_weights(folder, patterns or ["*"]) else folder
     else:
         path = Path(text)
     if not path.exists():
@@ -55,6 +58,12 @@ def _download(text: str, patterns: Sequence[str] | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"cannot fetch '{text}' from the Hub, and it is not in the cache: {reason}") from error
+
+
+def _has_weights(path: Path, patterns: Sequence[str]) -> bool:
+    """Whether `path` is a file, or a folder with weights that match a pattern (other parts may have fetched more into it)."""
+    names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix in (".safetensors", *PICKLES)]
+    return path.is_file() or any(fnmatch(name, pattern) for name in names for pattern in patterns)
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
@@ -157,6 +166,17 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device of that name; ValueError where nothing can be computed on it here."""
+    try:
+        found = torch.empty(0, device=device).device
+        torch.Generator(found)  # refuses what can hold no numbers, such as meta
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by the way it was built
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device '{device}' cannot be used here: {reason}; the best there is: {best_device()}") from error
+    return found
+
+
 def fingerprint(state: Mapping[str, Tensor]) -> str:
     """sha256 over names, types, shapes and bytes of all tensors, independent of their order and of the container."""
     digest = hashlib.sha256()
@@ -196,12 +216,15 @@ class Pretrained(nn.Module):
 
     A subclass sets `format` and gives `read_checkpoint(path) -> (config, state in its own names)` for every layout
     it knows, and `official_names(config) -> {own name: official name}`: folders are written in official names.
-    `hub_files` are the patterns of what it needs of a Hub repository, None for all.
+    `hub_files` are the patterns of what it needs of a Hub repository, None for all; `hub_fallback` those that are fetched
+    where no weights match them. `name` is the registered name of the spec that loaded it, None where there was none.
     """
 
     format: ClassVar[str]
     hub_files: ClassVar[Sequence[str] | None] = None
+    hub_fallback: ClassVar[Sequence[str]] = ()
     config: Any
+    name: str | None = None
 
     @classmethod
     def read_checkpoint(cls, path: Path) -> tuple[Any, State]:
@@ -217,9 +240,14 @@ class Pretrained(nn.Module):
 
         dtype None is fp32 on a CPU and the checkpoint's own on a GPU (bf16 where that is fp32); device None is the CPU.
         """
-        path = locate(source, cls.hub_files)
+        path = locate(source, cls.hub_files, cls.hub_fallback)
         config, state = cls.read_checkpoint(path)
-        return build(lambda: cls(config), state, dtype=dtype, device=device, source=path)
+        return build(lambda: cls.make(config, path), state, dtype=dtype, device=device, source=path)
+
+    @classmethod
+    def make(cls, config: Any, path: Path) -> Self:
+        """A new module for the checkpoint at `path`, where a subclass may find more than the config."""
+        return cls(config)
 
     def reinitialised(self, **architecture: Any) -> Self:
         """A new module with fresh weights and this one's config, with the fields in `architecture` changed."""
