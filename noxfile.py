@@ -35,7 +35,8 @@ DOCS = ["mkdocs-material", "mkdocstrings-python", "ruff"]  # ruff formats signat
 TINY = {  # recipe -> trained part -> the package that carries it
     "tiny-vae": {},
     "tiny-vae-refine": {"vae": "wan-vae"},
-    "tiny-t2v": {"backbone": "wan-dit", "text_encoder": "wan-text"},
+    "tiny-t2v": {},
+    "tiny-t2v-refine": {"backbone": "wan-dit", "text_encoder": "wan-text"},
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tiny models are slower on more, above all where something else runs
 
@@ -132,7 +133,7 @@ def shared(session: nox.Session) -> None:
 def pytest(session: nox.Session, *arguments: str) -> None:
     environment(session, *TEST)
     session.run(
-        str(BIN / "python"), "-m", "pytest", "-n", "2", "--dist", "loadgroup", *arguments, *session.posargs, env=ONE_THREAD, external=True
+        str(BIN / "python"), "-m", "pytest", "-n", "2", "--dist", "loadfile", *arguments, *session.posargs, env=ONE_THREAD, external=True
     )  # fmt: skip
 
 

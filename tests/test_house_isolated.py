@@ -12,7 +12,7 @@ import pytest
 from isolated_environment import EXAMPLE, PACKAGES, Environment, build_wheels, metadata
 from packaging.requirements import Requirement
 
-pytestmark = [pytest.mark.isolated, pytest.mark.xdist_group("isolated")]
+pytestmark = pytest.mark.isolated
 NEEDS = {"wan-vae": [], "wan-text": [], "wan-dit": [], "wan-train": ["wan-dit", "wan-vae"]}
 MODULES = {name: name.replace("-", "_") for name in PACKAGES}
 

@@ -16,7 +16,7 @@ from wan_dit.config import T2V_1_3B, T2V_14B, TINY, DiTConfig
 from wan_dit.model import WanDiT
 
 SMALL = DiTConfig(
-    dim=128, ffn_dim=40, freq_dim=16, text_dim=12, num_heads=1, num_layers=2, latent_space="wan2.1", embedding_space="unnamed"
+    dim=128, ffn_dim=40, freq_dim=16, text_dim=12, num_heads=1, num_layers=2, latent_space="wan2.1", embedding_space="unknown"
 )
 VARIANTS = (TINY, T2V_1_3B, T2V_14B, SMALL.model_copy(update={"qk_norm": False}), SMALL.model_copy(update={"cross_attn_norm": False}))
 State = dict[str, torch.Tensor]
@@ -147,8 +147,8 @@ def test_a_saved_folder_has_official_names_and_our_config(tmp_path: Path) -> Non
     ("channels", "text_dim", "expected"),
     [
         (16, 4096, ("wan2.1", (4, 8, 8), "umt5-xxl")),
-        (48, 12, ("wan2.2", (4, 16, 16), "unnamed")),
-        (8, 12, ("unnamed", (4, 8, 8), "unnamed")),
+        (48, 12, ("wan2.2", (4, 16, 16), "unknown")),
+        (8, 12, ("unknown", (4, 8, 8), "unknown")),
     ],
 )
 def test_spaces_follow_from_channels_and_text_width(channels: int, text_dim: int, expected: tuple[Any, ...], tmp_path: Path) -> None:

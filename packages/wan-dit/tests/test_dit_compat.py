@@ -80,15 +80,15 @@ def test_the_first_mismatch_is_named(pm: PluginManager, vae: dict[str, Any], tex
         check(BACKBONE, replace(VAE, **vae), replace(TEXT, **text), pm=pm)
 
 
-@pytest.mark.parametrize("backbone_space", ["unnamed", "wan2.1"])
-def test_what_is_unnamed_fits_nothing_not_even_another_unnamed_one(pm: PluginManager, backbone_space: str) -> None:
+@pytest.mark.parametrize("backbone_space", ["unknown", "wan2.1"])
+def test_what_is_unknown_fits_nothing_not_even_another_unknown_one(pm: PluginManager, backbone_space: str) -> None:
     backbone = replace(BACKBONE, latent_space=backbone_space)
     with pytest.raises(
-        ValueError, match=rf"its latent_space is unnamed, the backbone's is {backbone_space}.*write one name as 'latent_space'"
+        ValueError, match=rf"its latent_space is unknown, the backbone's is {backbone_space}.*write one name as 'latent_space'"
     ):
-        check(backbone, replace(VAE, latent_space="unnamed"), TEXT, pm=pm)
-    with pytest.raises(ValueError, match=r"its embedding_space is unnamed.*write one name as 'embedding_space'"):
-        check(replace(BACKBONE, embedding_space="unnamed"), VAE, replace(TEXT, embedding_space="unnamed"), pm=pm)
+        check(backbone, replace(VAE, latent_space="unknown"), TEXT, pm=pm)
+    with pytest.raises(ValueError, match=r"its embedding_space is unknown.*write one name as 'embedding_space'"):
+        check(replace(BACKBONE, embedding_space="unknown"), VAE, replace(TEXT, embedding_space="unknown"), pm=pm)
 
 
 def test_parts_that_fit_are_listed_under_names_that_can_be_typed(pm: PluginManager) -> None:

@@ -144,6 +144,16 @@ def test_an_encoder_that_is_badly_described_is_refused(tmp_path: Path, contexts:
         ContextFiles(write(tmp_path / "contexts", contexts, **facts))
 
 
+def test_lines_that_other_writers_append_are_read(tmp_path: Path, contexts: dict[str, torch.Tensor]) -> None:
+    folder = write(tmp_path / "contexts", contexts)
+    index = folder / "index.jsonl"
+    twice = index.read_text() * 2
+    index.write_text(twice + twice.splitlines()[0][:50] + "\n\n" + twice[:70])
+    files = ContextFiles(folder)
+    assert len(files.rows) == len(contexts)
+    assert torch.equal(files.encode([PROMPT])[0], contexts[PROMPT])
+
+
 def test_a_context_folder_and_an_encoder_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not both"):
         Pipeline("tiny", context=tmp_path, text_encoder="tiny")

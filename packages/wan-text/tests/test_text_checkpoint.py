@@ -194,3 +194,9 @@ def test_the_hub_is_asked_for_the_text_encoder_only(monkeypatch: pytest.MonkeyPa
 
 def test_the_built_in_checkpoint_is_the_tiny_preset() -> None:
     assert load_text_encoder("tiny").config == TINY
+
+
+def test_an_encoder_knows_the_registered_name_it_was_loaded_by(encoder: TextEncoder, tmp_path: Path) -> None:
+    assert load_text_encoder("tiny").spec.name == "tiny"
+    encoder.save_pretrained(tmp_path / "mine")
+    assert load_text_encoder(str(tmp_path / "mine")).spec.name == "test-1"

@@ -21,6 +21,13 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def run(arguments: list[str]) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
 def contexts(folder: Path) -> dict[str, Any]:
     return {digest: load_file(folder / f"{row['key']}.safetensors")["context"] for digest, row in read_index(folder).items()}
 
@@ -99,9 +106,12 @@ def test_a_very_long_prompt_is_cut_with_a_warning(tmp_path: Path, capsys: pytest
         ),
         (["encode", "red", "-o", "empty.txt"], "cannot write to 'empty.txt': 'empty.txt' is a file"),
         (["encode", "red", "-o", "empty.txt/out"], "is a file"),
-        (["encode", "red", "-o", "out", "--device", "abacus"], "no device 'abacus'"),
+        (["encode", "red", "-o", "out", "--device", "abacus"], "device 'abacus' cannot be used here"),
         (["encode", "red", "-o", "out", "--text-encoder", "broken"], "no .safetensors"),
         (["tokenize", "red", "--text-encoder", "nothing"], "no text encoder named 'nothing'"),
+        (["encode", "red"], "wan-text: error: the following arguments are required: -o/--output (see wan-text encode --help)"),
+        (["encode", "red", "-o", "out", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        ([], "wan-text: error: the following arguments are required: COMMAND"),
         (["info", "nothing"], "no text encoder named 'nothing'"),
     ],
 )
@@ -112,7 +122,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "broken").mkdir()
-    assert main(arguments) == 2
+    assert run(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
@@ -121,12 +131,70 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_damaged_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["encode", "red", "-o", str(tmp_path), "--device", "cpu"]) == 0
-    for name, text in (("index.jsonl", '{"sha256": "ab'), ("index.jsonl", "[1]\n"), ("encoder.json", "{"), ("encoder.json", "1")):
+    for name, text, message in (
+        ("index.jsonl", "words\n", "is not readable"),
+        ("index.jsonl", "[1]\n", "is not readable"),
+        ("index.jsonl", '{"sha256": "ab"}\n{"tokens": 3}\n', "is not readable"),
+        ("encoder.json", "{", "is not JSON"),
+        ("encoder.json", "1", "holds a int, expected a JSON object"),
+    ):
         kept = (tmp_path / name).read_text()
         (tmp_path / name).write_text(text)
         assert main(["encode", "blue", "-o", str(tmp_path), "--device", "cpu"]) == 2, (name, text)
-        assert f"{name}' is not readable" in capsys.readouterr().err
+        assert f"{name}' {message}" in capsys.readouterr().err
         (tmp_path / name).write_text(kept)
+
+
+def test_a_line_torn_by_a_crash_is_written_again(tmp_path: Path, encoder: TextEncoder) -> None:
+    write_contexts(encoder, ["red", "blue"], tmp_path, name="mine")
+    index = tmp_path / "index.jsonl"
+    index.write_bytes(index.read_bytes()[:-20])
+    assert list(read_index(tmp_path)) == [sha256("red")]
+    assert write_contexts(encoder, ["green", "blue"], tmp_path, name="mine").encoded == 2
+    assert list(read_index(tmp_path)) == [sha256(prompt) for prompt in ("red", "green", "blue")]
+
+
+MEETING = """
+import sys, time
+from pathlib import Path
+from wan_text import load_text_encoder
+from wan_text.cache import write_contexts
+
+folder, own, other = Path(sys.argv[1]), *sys.argv[2:]
+encoder = load_text_encoder("tiny")
+encode = encoder.encode
+
+def meet(prompts):
+    if prompts != [""]:
+        (folder / own).touch()
+        while not (folder / other).exists():
+            time.sleep(0.01)
+    return encode(prompts)
+
+encoder.encode = meet
+write_contexts(encoder, [*(f"{own} {i}" for i in range(150)), "a star"], folder / "out", name="tiny")
+"""
+
+
+def test_two_processes_fill_one_folder(tmp_path: Path) -> None:
+    """Both have read the index before either writes to it."""
+    names = ["red", "blue"]
+    commands = [[sys.executable, "-c", MEETING, str(tmp_path), *order] for order in (names, names[::-1])]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        for process in processes:
+            _, error = process.communicate(timeout=120)
+            assert process.returncode == 0, error
+    finally:
+        for process in processes:
+            process.kill()
+    assert set(read_index(tmp_path / "out")) == {sha256("a star"), *(sha256(f"{name} {i}") for name in names for i in range(150))}
+
+
+def test_another_type_is_told_from_another_encoder(tmp_path: Path) -> None:
+    write_contexts(load_text_encoder("tiny"), ["red"], tmp_path, name="tiny")
+    with pytest.raises(ValueError, match=r"encoder 'tiny': dtype 'float32' instead of 'bfloat16'; use that encoder in that type"):
+        write_contexts(load_text_encoder("tiny", dtype=torch.bfloat16), ["blue"], tmp_path, name="tiny")
 
 
 def test_tokenize_shows_ids_pieces_and_truncation(capsys: pytest.CaptureFixture[str]) -> None:

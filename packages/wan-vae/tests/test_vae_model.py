@@ -52,7 +52,6 @@ def test_published_sizes(name: str, parameters: int, tensors: int) -> None:
 def test_presets_are_what_the_plugin_lists(name: str) -> None:
     with torch.device("meta"):
         spec, listed = WanVAE(PRESETS[name]).spec, find_vae(name)
-    assert spec.name == name
     assert (spec.latent_space, spec.latent_channels, spec.stride) == (listed.latent_space, listed.latent_channels, listed.stride)
 
 
@@ -156,12 +155,12 @@ def test_groups_hold_every_parameter_once() -> None:
 def test_fitted_normaliser_gives_latents_of_unit_scale() -> None:
     vae = small()
     batches = [clip(vae, 5, batch=2, seed=seed) for seed in range(3)]
-    weights = vae.fingerprint()
+    weights = {key: value.clone() for key, value in vae.state_dict().items()}
     vae.fit_normaliser(iter(batches))
     latents = torch.cat([vae.encode(video) for video in batches]).transpose(0, 1).flatten(1)
     assert latents.mean(1).abs().max() < 1e-4
     assert (latents.std(1, correction=0) - 1).abs().max() < 1e-4
-    assert vae.fingerprint() == weights
+    assert all(torch.equal(value, weights[key]) for key, value in vae.state_dict().items())
     assert difference(vae.decode(vae.encode(batches[0])), vae.reconstruct(batches[0])[0].clamp(-1, 1)) <= TOLERANCE
     with pytest.raises(ValueError, match="at least one"):
         vae.fit_normaliser([])

@@ -182,7 +182,7 @@ def test_writer_refuses_what_it_cannot_write(tmp_path: Path) -> None:
         writer.write(clip(1, 32, 16)[0])
     with pytest.raises(ValueError, match=r"use a suffix such as \.mp4"), VideoWriter(tmp_path / "film.xyz", fps=25, size=(32, 32)):
         pass
-    with pytest.raises(OSError, match=r"cannot write .*No such file"), VideoWriter(tmp_path / "no" / "film.mp4", fps=25, size=(32, 32)):
+    with pytest.raises(OSError, match=r"cannot write '/dev/null/film\.mp4'"), VideoWriter("/dev/null/film.mp4", fps=25, size=(32, 32)):
         pass
     with pytest.raises(ValueError, match="is not a file"), VideoWriter(tmp_path, fps=25, size=(32, 32)):
         pass

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 from safetensors import safe_open
 
+from ._shared.spec import UNKNOWN
 from ._shared.weights import State, locate, read_config, read_state, rename, strip_prefix
 from .config import DiTConfig
 from .plugins import BackboneSpec
@@ -191,10 +192,10 @@ def _from_shapes(shapes: Mapping[str, Shape], path: Path) -> DiTConfig:
 
 
 def _with_spaces(fields: dict[str, Any]) -> DiTConfig:
-    """Released models differ in their VAE by channels alone and share one text encoder; anything else is unnamed."""
+    """Released models differ in their VAE by channels alone and share one text encoder; anything else is unknown."""
     config = DiTConfig(**fields)
-    space, stride = LATENTS.get(config.out_dim, ("unnamed", (4, 8, 8)))
-    text = "umt5-xxl" if config.text_dim == 4096 else "unnamed"
+    space, stride = LATENTS.get(config.out_dim, (UNKNOWN, (4, 8, 8)))
+    text = "umt5-xxl" if config.text_dim == 4096 else UNKNOWN
     return config.model_copy(update={"latent_space": space, "stride": stride, "embedding_space": text})
 
 

@@ -126,6 +126,7 @@ def _replay(args: argparse.Namespace) -> int:
 
     import torch
 
+    from ._shared.weights import best_device, usable_device
     from .pipeline import Pipeline
     from .progress import progress
 
@@ -136,7 +137,11 @@ def _replay(args: argparse.Namespace) -> int:
         if given[part] is None and not (part == "text_encoder" and given["context"]):
             given[part] = _recorded(kind, part, getattr(record.parts, part), pm)
     dtype = args.dtype or (getattr(torch, record.dtype) if record.dtype else None)
-    pipe = Pipeline(_recorded("wan_models", "model", record.model, pm), **given, dtype=dtype, device=args.device or record.device, pm=pm)
+    try:
+        device = usable_device(args.device or record.device)
+    except ValueError as error:
+        raise ValueError(f"{error}; replay with --device {best_device()}") from error
+    pipe = Pipeline(_recorded("wan_models", "model", record.model, pm), **given, dtype=dtype, device=device, pm=pm)
     with progress() as on_event:
         result = pipe(record.prompt, on_event=on_event, size=record.size, **{name: getattr(record, name) for name in SETTINGS})
     again = manifest.Manifest(**result.manifest)

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from ._shared.spec import UNKNOWN
 from .plugins import discover, plugin_manager
 
 if TYPE_CHECKING:
     import pluggy
-
-UNNAMED = "unnamed"  # the tag of a checkpoint that does not say its space: it is equal to nothing, itself included
 
 # kind -> (field of the part, field of the backbone), in the order in which they are compared
 _FIELDS = {
@@ -41,9 +40,9 @@ def mismatch(kind: str, part: Any, backbone: Any) -> str:
         if not hasattr(part, own):
             return f"it does not state its {own} (give it a spec)"
         got, expected = getattr(part, own), getattr(backbone, other)
-        if own.endswith("_space") and UNNAMED in (got, expected):
+        if own.endswith("_space") and UNKNOWN in (got, expected):
             return (
-                f"its {own} is {got}, the backbone's is {expected}, and nothing is known to fit an unnamed one "
+                f"its {own} is {got}, the backbone's is {expected}, and an unknown space equals none "
                 f"(where they do belong together, write one name as '{own}' into the config.json that save_pretrained makes of each)"
             )
         if own == "max_tokens" and got > expected:

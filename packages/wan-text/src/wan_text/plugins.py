@@ -50,7 +50,7 @@ def find_text_encoder(ref: str, pm: pluggy.PluginManager | None = None) -> TextE
     return spec
 
 
-def load_text_encoder(ref: str = "tiny", *, dtype: Any = None, device: Any = None, pm: pluggy.PluginManager | None = None) -> Any:
+def load_text_encoder(ref: str = "wan-text:tiny", *, dtype: Any = None, device: Any = None, pm: pluggy.PluginManager | None = None) -> Any:
     """Load a text encoder with its tokenizer by path, name, Hub id or import string, in eval mode.
 
     Example: `load_text_encoder("tiny").encode(["a red circle"])` is a list with one tensor `[L, D]`.

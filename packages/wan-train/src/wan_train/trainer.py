@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
+from wan_dit._shared.weights import usable_device
 
 from . import checkpoint
 from .config import TrainConfig
@@ -35,7 +36,7 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        _require_device(config.device)
+        usable_device(config.device)
         dataset = _dataset(config, pm)
         objective = find("wan_objectives", config.objective.name, pm).resolve()
         self.objective: Objective = objective(config.objective.settings, dataset, config.output, config.device, pm)
@@ -134,13 +135,6 @@ def _dataset(config: TrainConfig, pm: pluggy.PluginManager) -> Any:
         return build(**config.data.settings)
     except TypeError as error:  # a setting that it does not have, or one of the wrong type
         raise ValueError(f"data.settings of '{config.data.name}': {error}") from error
-
-
-def _require_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by the way it was built
-        raise ValueError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _make_folder(folder: Path) -> None:

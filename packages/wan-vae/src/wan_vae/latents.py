@@ -1,9 +1,10 @@
 """The latent file: one safetensors file that says what it holds, written and read chunk by chunk.
 
 Layout: a tensor `latents` `[T', C, H', W']` (frame-major, so that a stream appends to the end; no batch axis) and string
-metadata: `format` ("wan-vae-latents/1"), `codec`, `weights` (sha256 of them in the type they computed in, `weights_dtype`;
-both empty where the codec tells none), `latent_space`, `normalised` ("true"), `fps` ("num/den"), `frames`, `width`, `height` (of the film, before padding), `pad_frames`, `pad_right`, `pad_bottom`, `rotation`
-(degrees that were applied to the stored pictures), `color_range` (of the film).
+metadata: `format` ("wan-vae-latents/1"), `codec`, `weights` (sha256) and `weights_dtype` (the type they computed in; both
+empty where the codec tells none), `latent_space`, `normalised` ("true"), `fps` ("num/den"), `frames`, `width`, `height` (of
+the film, before padding), `pad_frames`, `pad_right`, `pad_bottom`, `rotation` (degrees that were applied to the stored
+pictures), `color_range` (of the film).
 The header is written at a fixed size and filled in at the end, since the number of frames is known only then.
 """
 

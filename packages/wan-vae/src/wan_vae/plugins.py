@@ -50,7 +50,7 @@ def find_vae(ref: str, pm: pluggy.PluginManager | None = None) -> VAESpec:
     return spec
 
 
-def load_vae(ref: str = "tiny", *, dtype: Any = None, device: Any = None, pm: pluggy.PluginManager | None = None) -> Any:
+def load_vae(ref: str = "wan-vae:tiny", *, dtype: Any = None, device: Any = None, pm: pluggy.PluginManager | None = None) -> Any:
     """Load a VAE by path, name, Hub id or import string, in eval mode.
 
     Example: `load_vae("wan2.1", device="cuda").encode(video)` with video `[B, 3, T, H, W]` in [-1, 1].
