@@ -115,3 +115,11 @@ def test_wrong_settings_are_refused(settings):
 def test_drawing_scenes_and_captions_imports_no_torch():
     code = "import sys, wan_train.data.captions; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_shape_in_focus_comes_three_times_as_often_and_the_others_stay_balanced() -> None:
+    count = Counter(scene.shape for scene in Shapes(focus="star").scenes(range(144)))
+    assert count == {"star": 72, "circle": 24, "square": 24, "triangle": 24}
+    assert Shapes(focus="star").key() != Shapes().key()
+    with pytest.raises(ValueError, match=r"no shape named 'cube' to focus on; there are circle, square, triangle, star"):
+        Shapes(focus="cube")

@@ -31,6 +31,8 @@ RADIUS = (12 / 64, 15 / 64)  # smaller shapes drown in an 8-pixel latent grid at
 SPEED = (16 / 64, 24 / 64)
 MARGIN = 1 / 64
 
+FOCUS = 3  # how many times as often a shape comes that a data set focuses on
+
 SCENE, ORDER, CAPTION, PROMPT, PROMPT_ORDER = range(5)  # random streams
 
 
@@ -86,16 +88,24 @@ def generator(seed: int, index: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+@lru_cache
+def _deck(split: Split, focus: str) -> tuple[tuple[str, str, str], ...]:
+    return tuple(triple for triple in combinations(split) for _ in range(FOCUS if triple[1] == focus else 1))
+
+
 @lru_cache(maxsize=4096)
-def _order(block: int, seed: int, split: Split) -> tuple[int, ...]:
-    return tuple(int(i) for i in generator(seed, block, ORDER).permutation(len(combinations(split))))
+def _order(block: int, seed: int, split: Split, focus: str) -> tuple[int, ...]:
+    return tuple(int(i) for i in generator(seed, block, ORDER).permutation(len(_deck(split, focus))))
 
 
-def scene_at(index: int, seed: int = 0, split: Split = "train") -> Scene:
-    """Scene `index` of a seed. Each run of len(combinations(split)) scenes has every combination once, so all are balanced."""
-    triples = combinations(split)
+def scene_at(index: int, seed: int = 0, split: Split = "train", focus: str = "") -> Scene:
+    """Scene `index` of a seed. Each run of len(combinations(split)) scenes has every combination once, so all are balanced.
+
+    focus: a shape whose combinations come FOCUS times in each run instead
+    """
+    triples = _deck(split, focus)
     block, place = divmod(index, len(triples))
-    colour, shape, motion = triples[_order(block, seed, split)[place]]
+    colour, shape, motion = triples[_order(block, seed, split, focus)[place]]
     random = generator(seed, index, SCENE)
     background = str(random.choice(list(BACKGROUNDS)))
     radius = float(random.uniform(*RADIUS))

@@ -101,29 +101,39 @@ def _render(scenes: Sequence[Scene], frames: int, size: tuple[int, int]) -> Tens
 class Shapes:
     """Captioned clips by index; satisfies `wan_train.contracts.Dataset`.
 
-    Item i of a seed and split (train, heldout or all) is always the same clip. Nothing is stored: `length` is what an epoch counts,
+    Item i of a seed and split (train, heldout or all) is always the same clip; the shape in `focus`, if any, comes more often than
+    the others. Nothing is stored: `length` is what an epoch counts,
     and items beyond it exist too, so they can serve as clips that training never draws.
     """
 
     def __init__(
-        self, split: Split = "train", seed: int = 0, frames: int = 17, size: Sequence[int] = (64, 64), length: int = 100_000
+        self,
+        split: Split = "train",
+        seed: int = 0,
+        frames: int = 17,
+        size: Sequence[int] = (64, 64),
+        length: int = 100_000,
+        focus: str = "",
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"no split named {split!r}; there are {', '.join(SPLITS)}")
         if length < 1 or len(size) != 2:
             raise ValueError(f"length must be 1 or more and size (height, width), got length {length} and size {size!r}")
+        if focus and focus not in SHAPES:
+            raise ValueError(f"no shape named {focus!r} to focus on; there are {', '.join(SHAPES)}")
         self.split, self.seed, self.frames, self.size, self.length = split, seed, frames, (size[0], size[1]), length
+        self.focus = focus
 
     def __len__(self) -> int:
         return self.length
 
     def key(self) -> str:
         """What a cache of the clips depends on."""
-        return f"shapes/1 {self.split} {self.seed} {self.frames} {self.size}"
+        return f"shapes/1 {self.split} {self.seed} {self.frames} {self.size} {self.focus}"
 
     def scenes(self, indices: Iterable[int]) -> list[Scene]:
         """The scenes of some items."""
-        return [scene_at(int(index), self.seed, self.split) for index in indices]
+        return [scene_at(int(index), self.seed, self.split, self.focus) for index in indices]
 
     def video(self, indices: Iterable[int]) -> Tensor:
         """The clips of some items, [N, 3, frames, height, width] in [-1, 1]."""
@@ -131,7 +141,7 @@ class Shapes:
 
     def captions(self, index: int) -> list[str]:
         """16 captions of an item; a quarter of all leave the background out."""
-        scene, wording = scene_at(index, self.seed, self.split), generator(self.seed, index, CAPTION)
+        scene, wording = scene_at(index, self.seed, self.split, self.focus), generator(self.seed, index, CAPTION)
         return [caption(scene, wording) for _ in range(_CAPTIONS)]
 
     def evaluation_prompts(self, n: int) -> list[str]:
