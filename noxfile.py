@@ -110,6 +110,7 @@ def tiny(session: nox.Session) -> None:
         for part, package in parts.items():
             shutil.copytree(f"runs/{recipe}/export/{part}", SOURCES[package] / "weights" / "tiny", dirs_exist_ok=True)
     session.run(str(BIN / "python"), "bench/curves.py", *(f"runs/{recipe}" for recipe in TINY), "docs/training", external=True)
+    session.run(str(BIN / "python"), "bench/picture.py", "docs/images/demo.png", external=True)
 
 
 @nox.session
