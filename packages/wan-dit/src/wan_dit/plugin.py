@@ -62,7 +62,7 @@ def wan_models() -> list[VideoModelSpec]:
             text_encoder="wan-text:tiny",
             scheduler="wan-dit:unipc",
             steps=15,
-            shift=3.0,
+            shift=2.0,
             guidance=2.0,
             size=(64, 64),
             frames=17,
