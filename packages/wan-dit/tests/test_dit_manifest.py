@@ -30,7 +30,7 @@ def saved(result: Result, tmp_path: Path) -> Path:
 def test_everything_that_decides_the_pixels_is_recorded(result: Result, saved: Path) -> None:
     record = manifest.read(saved)
     assert (record.prompt, record.negative_prompt, record.seed, record.noise_device) == (PROMPT, "", 4, "cpu")
-    assert (record.steps, record.shift, record.guidance, record.frames, record.size, record.fps) == (2, 3.0, 2.0, 5, (32, 16), 8)
+    assert (record.steps, record.shift, record.guidance, record.frames, record.size, record.fps) == (2, 2.0, 2.0, 5, (32, 16), 8)
     assert {part: (made.name, made.dist, made.version) for part, made in record.parts} == {
         "backbone": ("tiny", "wan-dit", "0.1.0"),
         "vae": ("tiny", "wan-vae", "0.1.0"),

@@ -58,7 +58,7 @@ def test_settings_come_from_the_model(pipe: Pipeline) -> None:
     result = pipe(PROMPT)
     manifest = result.manifest
     assert result.video.shape == (1, 3, 17, 64, 64)
-    assert (manifest["steps"], manifest["shift"], manifest["guidance"]) == (15, 3.0, 2.0)
+    assert (manifest["steps"], manifest["shift"], manifest["guidance"]) == (15, 2.0, 2.0)
 
 
 def test_one_seed_gives_the_same_bits_and_another_gives_others(pipe: Pipeline) -> None:

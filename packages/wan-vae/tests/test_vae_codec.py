@@ -295,7 +295,8 @@ def test_killed_process_leaves_no_file_under_the_final_name(film: Film, tmp_path
         VideoCodec(ShuffleVAE()).encode_file(tmp_path / "film.mp4", source)
     final = folder / ("film.safetensors" if command == "encode" else "film.mp4")
     line = [sys.executable, "-m", "wan_vae", command, str(source), str(final), "--codec", "shuffle_vae:stuck_vae"]
-    with subprocess.Popen(line, env=child_environment(), stdout=subprocess.PIPE, text=True) as process:
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (a shell may have started these tests deaf to it)
+    with subprocess.Popen(line, env=child_environment(), stdout=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         try:
             assert process.stdout
             assert process.stdout.readline() == "stuck\n"
