@@ -18,6 +18,6 @@ def test_the_tiny_model_draws_what_its_prompts_ask_for() -> None:
     assert everything["colour"] >= 0.97
     assert everything["motion"] >= 0.97
     assert everything["background"] >= 0.97
-    assert everything["shape"] >= 0.9
+    assert everything["shape"] >= 0.93
     assert seen["all_right"] >= 0.9
     assert held_out["all_right"] >= 0.85
