@@ -1,7 +1,7 @@
 """Classifier-free guidance: one velocity out of two, with the prompt and with the negative prompt.
 
-Ho and Salimans, "Classifier-Free Diffusion Guidance" (2022). The two forwards run one after the other: contexts may differ
-in length, and at the sizes of video a batch of two is no faster.
+Ho and Salimans, "Classifier-Free Diffusion Guidance" (2022). The two forwards run one after the other, since contexts may
+differ in length.
 """
 
 from __future__ import annotations

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from wan_dit._shared.files import replacing
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` so that a kill at any moment leaves the previous file or the new one, never a part of it."""
-    scratch = path.with_suffix(".partial")
-    with scratch.open("wb") as file:
+    with replacing(path) as scratch, scratch.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(scratch, path)
 
 
 def load(path: Path) -> dict[str, Any]:

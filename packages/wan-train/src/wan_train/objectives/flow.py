@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from wan_dit._shared.files import replacing
 from wan_dit._shared.weights import fingerprint
 from wan_dit.compat import check
 from wan_dit.guidance import guided_velocity
@@ -91,7 +92,7 @@ class RectifiedFlow:
         return encoder
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Muon may train the matrices of the blocks only: it spoils the small ones of a text encoder (docs/tiny-models.md)."""
+        """Muon may train the matrices of the blocks only; embeddings, head and text encoder stay with AdamW (docs/tiny-models.md)."""
         named = list(self.backbone.named_parameters())
         matrices = [param for name, param in named if ".blocks." in f".{name}" and param.ndim == 2]
         chosen = {id(param) for param in matrices}
@@ -106,13 +107,12 @@ class RectifiedFlow:
         key = hashlib.sha256(f"{vae} {self.dataset.key()} {count}".encode()).hexdigest()[:16]
         path = self.folder / "cache" / f"latents-{key}.safetensors"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             with torch.no_grad():
                 latents = [
                     self.vae.encode(self.dataset.video([i]).to(self.device)).cpu() for i in tqdm(range(count), desc="latents", disable=None)
                 ]
-            save_file({"latents": torch.cat(latents)}, path.with_suffix(".partial"))
-            path.with_suffix(".partial").rename(path)
+            with replacing(path) as scratch:
+                save_file({"latents": torch.cat(latents)}, scratch)
         self.latents = load_file(path)["latents"]
         self.captions = [self.dataset.captions(index) for index in range(count)]
 
