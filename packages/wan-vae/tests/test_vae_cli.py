@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from shuffle_vae import ShuffleVAE
 from wan_vae import VideoCodec, WanVAE
-from wan_vae.cli import TINY_NOTE, main
+from wan_vae.cli import main
+from wan_vae.commands.coding import TINY_NOTE
 from wan_vae.latents import LatentFile
 from wan_vae.plugins import VAESpec, hookimpl, plugin_manager
 from wan_vae.video import probe, read_frames
@@ -186,7 +187,7 @@ def test_list_shows_what_is_broken(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     pm = plugin_manager()
     pm.register(Raising(), name="wan-raising")
     pm.broken["wan-broken"] = ImportError("no module named gone")
-    monkeypatch.setattr("wan_vae.cli.plugin_manager", lambda: pm)
+    monkeypatch.setattr("wan_vae.commands.listing.plugin_manager", lambda: pm)
     code, out, err = run("list", "--json")
     assert (code, err) == (0, "wan-vae: warning: plugin 'wan-raising' failed (RuntimeError: half installed)\n")
     status = {row["distribution"]: row["status"] for row in json.loads(out)}
