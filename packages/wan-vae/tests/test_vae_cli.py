@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from shuffle_vae import ShuffleVAE
+from signing import save_signed
 from wan_vae import VideoCodec, WanVAE
 from wan_vae.cli import main
 from wan_vae.commands.coding import TINY_NOTE
@@ -89,7 +90,7 @@ def test_import_string_in_a_latent_file_is_refused(run: Run, film: Film, tmp_pat
     run("encode", "film.mp4", "film.safetensors")
     metadata = LatentFile.open("film.safetensors").info.to_metadata()
     (tmp_path / "intruder.py").write_text("raise SystemExit('imported')")
-    save_file(load_file("film.safetensors"), "film.safetensors", {**metadata, "codec": "intruder:VAE"})
+    save_signed(load_file("film.safetensors"), "film.safetensors", {**metadata, "codec": "intruder:VAE"})
     code, _, err = run("decode", "film.safetensors")
     assert code == 2
     assert "'intruder:VAE' is an import string" in err
@@ -114,7 +115,7 @@ def test_outputs_are_not_overwritten_unasked(run: Run, film: Film) -> None:
     [
         ("encode nothing.mp4", "no video file at 'nothing.mp4'"),
         ("encode words.mp4", "'words.mp4' is not a readable video"),
-        ("encode folder", "'folder' is not a file"),
+        ("encode folder", "'folder' is a folder without pictures"),
         ("encode film.mp4 --codec wan2.7", "no vae named 'wan2.7' (installed: tiny, wan2.1, wan2.2; did you mean"),
         ("encode film.mp4 --codec nowhere:VAE", "cannot import vae 'nowhere:VAE'"),
         ("encode film.mp4 --codec words.mp4", "words.mp4"),

@@ -5,8 +5,11 @@ What does not divide is padded (the last frame, right column and bottom row repe
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from itertools import islice
 from typing import Any
 
@@ -16,9 +19,11 @@ from torch import Tensor
 
 from ._shared.spec import UNKNOWN
 from .latents import LatentFile, LatentInfo, Padding, write_latents
-from .video import Frame, PathLike, VideoWriter, probe, read_frames, to_frames, to_tensor
+from .streams import with_logvar
+from .video import Crop, PathLike, Reader, TimedFrame, open_writer, to_frames, to_tensor
 
 Progress = Callable[[int, int | None], None]
+SLACK = 1e-3  # beyond [-1, 1] that rounding may leave
 
 
 class VideoCodec:
@@ -35,18 +40,24 @@ class VideoCodec:
         self.name = name or self.spec.name
 
     def encode(self, video: Tensor) -> tuple[Tensor, Padding]:
-        """A video `[B, 3, T, H, W]` in [-1, 1] of any length and size to latents and the padding it took."""
-        if video.ndim != 5 or video.shape[1] != 3 or 0 in video.shape:
-            raise ValueError(f"expected a video [B, 3, T, H, W], got {list(video.shape)}")
+        """A video `[B, 3, T, H, W]` in [-1, 1] of any length and size to latents and the padding it took.
+
+        Raises ValueError for another shape, integers, NaN, and values outside [-1, 1] by more than 0.001.
+        """
+        _check_video(video)
         frames, height, width = video.shape[2:]
         padding = Padding.of(frames, height, width, self.spec.stride)
         with torch.inference_mode():
             return self.vae.encode(_pad(self._place(video), padding)), padding
 
     def decode(self, latents: Tensor, padding: Padding | None = None) -> Tensor:
-        """Latents `[B, C, T', H', W']` to a video in [-1, 1], less its padding."""
+        """Latents `[B, C, T', H', W']` to a video in [-1, 1], less its padding. Raises ValueError for another shape, integers and NaN."""
         if latents.ndim != 5 or latents.shape[1] != self.spec.latent_channels or 0 in latents.shape:
             raise ValueError(f"expected latents [B, {self.spec.latent_channels}, T', H', W'] of '{self.name}', got {list(latents.shape)}")
+        if not latents.is_floating_point() or not latents.isfinite().all():
+            raise ValueError(
+                f"expected finite floating-point latents, got {latents.dtype}" + " with NaN or infinity" * latents.is_floating_point()
+            )
         with torch.inference_mode():
             video = self.vae.decode(self._place(latents))
         padding = padding or Padding()
@@ -61,46 +72,65 @@ class VideoCodec:
         chunk: int = 1,
         dtype: torch.dtype = torch.float32,
         limit: int | None = None,
+        logvar: bool = False,
+        on_error: str = "error",
+        fps: Fraction | None = None,
+        crop: Crop | None = None,
         progress: Progress | None = None,
     ) -> LatentInfo:
-        """Encode a film of any length and size to a latent file, which appears only when complete.
+        """Encode a film, a picture or a folder of pictures of any length and size to a latent file, which appears only when complete.
 
         chunk: latent frames computed at a time after the first
         dtype: of the latents in the file; the VAE computes in its own
         limit: encode only so many frames
+        logvar: store the log-variance beside the latents
+        on_error, fps, crop: see `Reader`; what was missing is recorded in the file
         progress: called with frames done and the count that the film declares (None where it declares none)
         Raises FileNotFoundError, and ValueError where the film cannot be read or the output cannot be written.
         """
-        source, count = probe(video_path), 0
+        depth = 16 if Reader(video_path, fps=fps).info.depth > 8 else 8
+        reader = Reader(video_path, limit=limit, depth=depth, on_error=on_error, fps=fps, crop=crop)  # type: ignore[arg-type]
+        source, times = reader.info, array("q")
         total = min(filter(None, (source.frames, limit)), default=None)
         padding = Padding.of(1, source.height, source.width, self.spec.stride)
 
         def pixels() -> Iterator[Tensor]:
-            nonlocal count
-            for group in _groups(read_frames(video_path, limit=limit), self.spec.stride[0] * _positive(chunk)):
-                tail = Padding(-(count + len(group) - 1) % self.spec.stride[0], padding.right, padding.bottom)
-                yield _pad(self._place(to_tensor(group)), tail)
-                count += len(group)
+            for group in _groups(reader, self.spec.stride[0] * _positive(chunk)):
+                tail = Padding(-(len(times) + len(group) - 1) % self.spec.stride[0], padding.right, padding.bottom)
+                yield _pad(self._place(to_tensor(frame.pixels for frame in group)), tail)
+                times.extend(frame.pts for frame in group)
                 if progress:
-                    progress(count, total)
+                    progress(len(times), total)
 
         def info() -> LatentInfo:
             return LatentInfo(
                 codec=self.name,
                 weights=self._fingerprint(),
                 weights_dtype=self._dtype(),
+                backend=str(getattr(self.vae, "backend", "")),
                 latent_space=self.spec.latent_space,
                 fps=source.fps,
-                frames=count,
+                time_base=source.time_base,
+                frames=len(times),
                 width=source.width,
                 height=source.height,
-                padding=Padding.of(count, source.height, source.width, self.spec.stride),
+                padding=Padding.of(len(times), source.height, source.width, self.spec.stride),
+                crop=reader.crop,
+                gaps=tuple(reader.gaps),
                 rotation=source.rotation,
                 color_range=source.color_range,
+                bit_depth=source.depth,
+                pixel_aspect=source.pixel_aspect,
+                primaries=source.primaries,
+                transfer=source.transfer,
             )
 
+        def timestamps() -> Sequence[int] | None:
+            return None if _even(times, source.fps * source.time_base) else [time - times[0] for time in times]
+
         with torch.inference_mode():
-            return write_latents(latent_path, self.vae.encode_stream(pixels()), info, dtype=dtype)
+            latents = with_logvar(self.vae, pixels()) if logvar else self.vae.encode_stream(pixels())
+            return write_latents(latent_path, latents, info, dtype=dtype, timestamps=timestamps)
 
     def decode_file(
         self,
@@ -110,24 +140,32 @@ class VideoCodec:
         chunk: int = 1,
         crf: int = 18,
         lossless: bool = False,
+        bit_depth: int = 8,
+        audio: PathLike | None = None,
         progress: Progress | None = None,
     ) -> LatentInfo:
-        """Decode a latent file to a film with the frame count, size and rate of the original; it appears only when complete.
+        """Decode a latent file to a film with the frame count, size and timing of the original; it appears only when complete.
 
+        video_path: a film, or for pictures a folder, a pattern such as `out/%05d.png` or, for one frame, a `.png`
         chunk: latent frames computed at a time after the first
-        crf, lossless: see `VideoWriter`
-        Raises FileNotFoundError, and ValueError where the latents are of another space than the VAE's, or of an unknown
-        one and not from these weights; warns where only the weights differ. Weights can be told apart in one type only.
+        crf, lossless, bit_depth, audio: see `VideoWriter`
+        Raises FileNotFoundError, and ValueError where the latents are damaged or of another space than the VAE's, or of an
+        unknown one and not from these weights; warns where only the weights differ. Weights can be told apart in one type only.
         """
         file = LatentFile.open(latent_path)
         self._check(file)
-        info, count = file.info, 0
-        output = VideoWriter(video_path, fps=info.fps, size=(info.width, info.height), crf=crf, lossless=lossless)
+        file.verify()
+        info, times, count = file.info, file.timestamps(), 0
+        film = {"crf": crf, "lossless": lossless, "audio": audio, "pixel_aspect": info.pixel_aspect}
+        film |= {"fps": info.fps, "primaries": info.primaries, "transfer": info.transfer, "time_base": info.time_base if times else None}
+        output = open_writer(video_path, size=(info.width, info.height), bit_depth=bit_depth, frames=info.frames, **film)
         with torch.inference_mode(), output as writer:
             placed = (self._place(latents) for latents in file.chunks(_positive(chunk)))
             for video in self.vae.decode_stream(placed):
-                for frame in to_frames(video[:, :, : info.frames - count, : info.height, : info.width]):
-                    writer.write(frame)
+                if not video.isfinite().all():
+                    raise ValueError(f"'{self.name}' decodes '{latent_path}' to NaN from frame {count} on; use --dtype fp32")
+                for frame in to_frames(video[:, :, : info.frames - count, : info.height, : info.width], writer.depth):
+                    writer.write(frame, times[writer.count] if times else None)
                 count = writer.count
                 if progress:
                     progress(count, info.frames)
@@ -186,10 +224,29 @@ def _pad(video: Tensor, padding: Padding) -> Tensor:
     return F.pad(video, (0, padding.right, 0, padding.bottom, 0, padding.frames), mode="replicate")
 
 
-def _groups(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
+def _groups(frames: Iterable[TimedFrame], size: int) -> Iterator[list[TimedFrame]]:
     """One frame, then `size` at a time; the last group may be shorter."""
     frames = iter(frames)
     group = list(islice(frames, 1))
     while group:
         yield group
         group = list(islice(frames, size))
+
+
+def _even(times: Sequence[int], frames_per_unit: Fraction) -> bool:
+    """Whether each frame stands where an even rate puts it, to less than one unit of its film's clock."""
+    return all(abs((time - times[0]) * frames_per_unit - index) < frames_per_unit for index, time in enumerate(times))
+
+
+def _check_video(video: Tensor) -> None:
+    if video.ndim != 5 or video.shape[1] != 3 or 0 in video.shape:
+        raise ValueError(f"expected a video [B, 3, T, H, W], got {list(video.shape)}")
+    if not video.is_floating_point():
+        raise ValueError(
+            f"expected a floating-point video in [-1, 1], got {video.dtype}; wan_vae.video.to_tensor makes one of uint8 frames"
+        )
+    least, most = (float(value) for value in video.aminmax())
+    if math.isnan(least) or math.isnan(most):
+        raise ValueError("the video holds NaN, expected values in [-1, 1]")
+    if least < -1 - SLACK or most > 1 + SLACK:
+        raise ValueError(f"expected a video in [-1, 1], got values from {least:g} to {most:g}; scale 0..255 by x / 127.5 - 1")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +21,32 @@ TINY_NOTE = "wan-vae: using the built-in 'tiny', which was trained on rendered s
 
 def add(commands: Any) -> None:
     encode = command(commands, "encode", _encode, "film to latent file", "wan-vae encode film.mp4 --codec wan2.1 --device cuda")
-    encode.add_argument("video", help="a video file")
+    encode.add_argument("video", help="a video, a picture or a folder of pictures (in natural order: 2 before 10)")
     encode.add_argument("output", nargs="?", help="the latent file (default: the film's name with .safetensors)")
     encode.add_argument("--codec", help=f"{CODEC_HELP} (default: the built-in tiny)")
     encode.add_argument("--latent-dtype", choices=DTYPES, default="fp32", help="type of the latents in the file (default: fp32)")
+    encode.add_argument("--logvar", action="store_true", help="store the log-variance beside the latents")
     encode.add_argument("--frames", type=whole_number(1), help="encode only the first so many frames")
+    encode.add_argument("--fps", type=_rate, help="frame rate of pictures, such as 25 or 30000/1001 (default: 24)")
+    encode.add_argument("--crop", type=_crop, metavar="WxH+X+Y", help="encode only this part: width, height and its left upper corner")
+    encode.add_argument(
+        "--on-error",
+        choices=("error", "stop", "fill"),
+        default="error",
+        help="at a missing or damaged frame: refuse the film, stop there, or repeat the last good frame; "
+        "the latter two are recorded in the file (default: error)",
+    )
     add_running(encode)
 
     decode = command(commands, "decode", _decode, "latent file to film", "wan-vae decode film.safetensors back.mp4")
     decode.add_argument("latents", help="a latent file")
-    decode.add_argument("output", nargs="?", help="the video file (default: the latent file's name with .decoded.mp4)")
+    text = "the video; or a folder, a pattern such as out/%%05d.png or (one frame) a .png (default: LATENTS with .decoded.mp4)"
+    decode.add_argument("output", nargs="?", help=text)
     decode.add_argument("--codec", help=f"{CODEC_HELP} (default: the one the file names)")
     decode.add_argument("--crf", type=whole_number(0, 51), default=18, metavar="0-51", help="H.264 quality, 0 is best (default: 18)")
-    decode.add_argument("--lossless", action="store_true", help="store RGB as it is decoded")
+    decode.add_argument("--lossless", action="store_true", help="store 8-bit RGB as it is decoded")
+    decode.add_argument("--bit-depth", type=int, choices=(8, 10), default=8, help="bits per component; 10 gives 16-bit PNG (default: 8)")
+    decode.add_argument("--audio", metavar="SOURCE", help="copy the sound of this film, such as the one that was encoded")
     add_running(decode)
 
 
@@ -41,7 +56,7 @@ def _encode(args: argparse.Namespace) -> None:
     from ..codec import VideoCodec
     from ..video import probe
 
-    probe(args.video)  # before a codec is loaded, or fetched
+    source = probe(args.video, fps=args.fps)  # before a codec is loaded, or fetched
     output = output_path(args, Path(args.video), ".safetensors")
     spec = find_vae(args.codec or "tiny")
     vae = load(spec, args, default_dtype=torch.float32)
@@ -54,17 +69,27 @@ def _encode(args: argparse.Namespace) -> None:
             chunk=args.chunk,
             dtype=getattr(torch, DTYPES[args.latent_dtype]),
             limit=args.frames,
+            logvar=args.logvar,
+            on_error=args.on_error,
+            fps=args.fps,
+            crop=_margins(args.crop, source.width, source.height) if args.crop else None,
             progress=progress,
         )
     print(f"{output}: {_summary(info)}")
 
 
 def _decode(args: argparse.Namespace) -> None:
+    from ..audio import AudioTrack
     from ..codec import VideoCodec
+    from ..images import taken
     from ..latents import LatentFile
 
     recorded = LatentFile.open(args.latents).info
     output = output_path(args, Path(args.latents), ".decoded.mp4")
+    if not args.overwrite and (exists := taken(output, recorded.frames)):
+        raise ValueError(f"'{exists}' exists; name another output or pass --overwrite")
+    if args.audio:
+        AudioTrack(args.audio).close()  # before a codec is loaded, or fetched
     spec = find_vae(args.codec) if args.codec else _named_codec(recorded)
     if spec.latent_space != recorded.latent_space:
         raise ValueError(
@@ -72,7 +97,14 @@ def _decode(args: argparse.Namespace) -> None:
         )
     with progress_bar(args) as progress:
         info = VideoCodec(load(spec, args), name=_recorded_name(spec)).decode_file(
-            args.latents, output, chunk=args.chunk, crf=args.crf, lossless=args.lossless, progress=progress
+            args.latents,
+            output,
+            chunk=args.chunk,
+            crf=args.crf,
+            lossless=args.lossless,
+            bit_depth=args.bit_depth,
+            audio=args.audio,
+            progress=progress,
         )
     print(f"{output}: {_summary(info)}")
 
@@ -88,6 +120,28 @@ def _named_codec(info: LatentInfo) -> VAESpec:
         if fitting and ":" not in info.codec:
             return fitting[0]  # type: ignore[no-any-return]
         raise LookupError(f"{error}; name the codec with --codec (latent space '{info.latent_space}')") from error
+
+
+def _rate(text: str) -> Fraction:
+    match = re.fullmatch(r"(\d{1,7}(?:\.\d{1,6})?)(?:/(\d{1,7}))?", text, re.ASCII)
+    if not match or not float(match[1]) or (match[2] and not int(match[2])):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a frame rate such as 25, 23.976 or 30000/1001")
+    return Fraction(match[1]) / int(match[2] or 1)
+
+
+def _crop(text: str) -> tuple[int, int, int, int]:
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})\+(\d{1,6})\+(\d{1,6})", text, re.ASCII)
+    if not match or not int(match[1]) or not int(match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a part of a picture such as 1920x800+0+140")
+    return int(match[1]), int(match[2]), int(match[3]), int(match[4])
+
+
+def _margins(part: tuple[int, int, int, int], width: int, height: int) -> tuple[int, int, int, int]:
+    """What is cut off at the left, top, right and bottom to keep `part` (width, height, x, y) of a picture."""
+    wide, high, x, y = part
+    if x + wide > width or y + high > height:
+        raise ValueError(f"--crop {wide}x{high}+{x}+{y} reaches beyond the picture, which is {width}x{height}")
+    return x, y, width - x - wide, height - y - high
 
 
 def _recorded_name(spec: VAESpec) -> str | None:

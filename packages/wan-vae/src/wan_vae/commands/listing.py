@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def _file_facts(path: str) -> dict[str, Any]:
     if Path(path).is_dir() or Path(path).suffix in CHECKPOINTS:
         return {"kind": "checkpoint", **_spec_facts(find_vae(path))}
     info = probe(path)
-    return {"kind": "video", **vars(info), "fps": str(info.fps)}
+    return {"kind": "video", **{key: str(value) if isinstance(value, Fraction) else value for key, value in vars(info).items()}}
 
 
 def _list(args: argparse.Namespace) -> None:
