@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from . import __version__
 from ._shared.cli import Parser, run
-from .commands import coding, listing
+from .commands import coding, evaluating, listing
 
-COMMANDS = (coding, listing)
+COMMANDS = (coding, evaluating, listing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ FVD: Unterthiner et al., "Towards accurate generative models of video", 2018; "r
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,10 @@ def load_network(path: PathLike, device: torch.device | str = "cpu") -> Network:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no network at '{path}'")
+    log = logging.getLogger("torch.export")
+    level = log.level
     try:
+        log.setLevel(logging.CRITICAL)  # it logs the traceback of the error that it raises
         if Path(path).suffix == EXPORTED:
             exported: Network = torch.export.load(path).module().to(device)
             return exported
@@ -36,6 +40,8 @@ def load_network(path: PathLike, device: torch.device | str = "cpu") -> Network:
     except Exception as error:  # what a damaged archive raises is not told
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"'{path}' is no network saved by torch.jit.save or torch.export.save (.pt2): {reason}") from error
+    finally:
+        log.setLevel(level)
     return script
 
 
