@@ -209,11 +209,11 @@ def test_readme_does_what_it_says(run: Run, film: Film) -> None:
     blocks = re.findall(r"```(sh|python)\n(.*?)```", README.read_text(), re.DOTALL)
     lines = [shlex.split(line, comments=True) for kind, text in blocks if kind == "sh" for line in text.splitlines()]
     commands = [line[1:] for line in lines if line[0] == "wan-vae"]
-    assert len(commands) == 5
+    assert {"encode", "decode", "info", "list", "eval"} <= {command[0] for command in commands}
     for command in commands:
         if "wan2.1" not in command:  # its weights are a download
             assert run(*command)[0] == 0, command
     snippets = [text for kind, text in blocks if kind == "python"]
-    assert len(snippets) == 3
+    assert len(snippets) >= 4
     for snippet in snippets:
         exec(snippet, {})

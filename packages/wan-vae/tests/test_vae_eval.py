@@ -232,12 +232,12 @@ def test_bad_input_is_one_line_and_exit_code_2(run: Run, film: Film, tmp_path: P
 @pytest.mark.slow
 def test_memory_does_not_grow_with_length(film: Film, tmp_path: Path) -> None:
     code = (
-        "import resource, sys; from wan_vae import VideoCodec, load_vae; from wan_vae.evaluation import evaluate\n"
+        "import sys; from wan_vae import VideoCodec, load_vae; from wan_vae.evaluation import evaluate\n"
         "assert evaluate(VideoCodec(load_vae()), sys.argv[1]).values['frames'] == int(sys.argv[2])\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     peaks = []
-    for frames in (100, 1000):
+    for frames in (20, 300):
         command = [sys.executable, "-c", code, str(film(frames, 64, 48, name=f"{frames}.mp4")), str(frames)]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     assert peaks[1] < 1.1 * peaks[0]
