@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +94,7 @@ def film_frames(path: PathLike, depth: Depth = 8) -> Iterator[TimedFrame | Missi
     """
     with open_film(path) as (container, stream):
         track, size, last = _Track(stream), None, None
+        steps: Counter[int] = Counter()
         reformatter = VideoReformatter()  # one for the film: a frame's own would start its threads anew, at many times the cost
         for index, picture in enumerate(track.pictures(container)):
             if isinstance(picture, Missing):
@@ -102,8 +105,23 @@ def film_frames(path: PathLike, depth: Depth = 8) -> Iterator[TimedFrame | Missi
                 if size and pixels.shape != size:
                     raise ValueError(f"'{path}' changes from {size[1]}x{size[0]} to {pixels.shape[1]}x{pixels.shape[0]} at frame {index}")
                 size = pixels.shape
-            last = pts if last is None else max(pts, last + 1)  # some files give two frames one time
+            pts = pts if last is None else max(pts, last + 1)  # some files give two frames one time
+            steps[0 if last is None else pts - last] += 1
+            last = pts
             yield Missing(last, picture.reason) if isinstance(picture, Missing) else TimedFrame(pixels, last)
+        if pauses := _pauses(steps):
+            message = f"'{path}' has {pauses} pauses among evenly spaced frames: its timing is kept, but frames may be missing there"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        if track.discarded:
+            warnings.warn(f"'{path}' leaves out {track.discarded} of its frames by its edit list", RuntimeWarning, stacklevel=2)
+
+
+def _pauses(steps: Counter[int]) -> int:
+    """Long steps in a film whose others are one length, to a unit of its clock: frames may be lost there. 0 where many are long."""
+    usual = max((step for step in steps if step), key=steps.__getitem__, default=0)
+    long = sum(count for step, count in steps.items() if 2 * step > 3 * usual)
+    even = sum(count for step, count in steps.items() if step and abs(step - usual) <= 1)
+    return long if long + even == steps.total() - 1 and long * 10 <= even else 0
 
 
 class _Track:
@@ -113,7 +131,9 @@ class _Track:
         self.stream = stream
         self.stream.thread_type = "SLICE"  # frame threads report an error some packets late
         self.pending: dict[int, bool] = {}  # times of the packets whose picture is due, and whether it follows damage
+        self.failed: set[int] = set()  # times of those that did not decode
         self.tainted, self.reason = False, ""
+        self.discarded = 0  # packets that an edit list leaves out, after the first shown one
         self.packets = self.count = 0
         self.last: int | None = None
         self.end = 0  # of the last packet, in units of time_base
@@ -131,10 +151,12 @@ class _Track:
                 self._damaged(error.strerror or "invalid data")
                 if filled and not self.timed:
                     yield self._missing(None)
+                elif filled:
+                    self.failed.add(packet.pts)
                 continue
             for frame in frames:
                 yield from self._place(frame)
-        yield from (self._missing(pts) for pts in sorted(self.pending) if self._tracked and not self._before(pts))
+        yield from (self._missing(pts) for pts in sorted(self.pending) if self._due(pts))
         yield from self._tail(container)
 
     def _demux(self, container: Any) -> Iterator[Any]:
@@ -151,6 +173,7 @@ class _Track:
             self.tainted = False
         if packet.is_corrupt:
             self._damaged("a packet is cut or fails its check")
+        self.discarded += packet.is_discard and bool(self.end)
         if self.timed and packet.pts is not None and not packet.is_discard:
             self.pending[packet.pts] = self.tainted
             self.end = max(self.end, packet.pts + (packet.duration or 0))
@@ -164,7 +187,7 @@ class _Track:
         tainted = self.pending.pop(pts, self.tainted and not frame.key_frame)
         for earlier in sorted(due for due in self.pending if due < pts):
             del self.pending[earlier]
-            if self._tracked and not self._before(earlier):
+            if self._due(earlier):
                 yield self._missing(earlier)
         if frame.is_corrupt:
             self._damaged("the decoder had to guess at parts of a picture")
@@ -177,12 +200,10 @@ class _Track:
             self.last, self.count = pts, self.count + 1
             yield frame, pts
 
-    @property
-    def _tracked(self) -> bool:
-        return bool(self.timed) and self.stream.codec_context.name not in HIDDEN_FRAMES
-
-    def _before(self, pts: int) -> bool:
-        return self.last is not None and pts <= self.last
+    def _due(self, pts: int) -> bool:
+        """Whether the packet at `pts`, of which no picture came, should have shown one."""
+        hidden = self.stream.codec_context.name in HIDDEN_FRAMES and pts not in self.failed
+        return not hidden and (self.last is None or pts > self.last)
 
     def _time(self, frame: Any) -> int:
         if self.timed and frame.pts is not None:
@@ -220,7 +241,7 @@ class _Track:
             return 0
         declared = int(clock[1]) * 3600 + int(clock[2]) * 60 + Fraction(clock[3])
         frames = (declared / self.stream.time_base - self.end) / self._step
-        return round(frames) if frames > 1.5 else 0
+        return max(0, round(frames))
 
 
 @contextmanager
