@@ -17,7 +17,7 @@ from wan_vae.evaluation import Measured
 from wan_vae.glyphs import DOTS, write
 from wan_vae.measures import MEASURES
 from wan_vae.report import Report
-from wan_vae.sheet import GAP, GUTTER, contact_sheet, png
+from wan_vae.sheet import CLIPS, GAP, GUTTER, contact_sheet, png
 from wan_vae.thumbnails import PICTURES, WIDTH, Samples
 
 EVIL = '<script>alert("1")</script>&.mp4'
@@ -80,7 +80,9 @@ def test_pictures_are_the_first_the_last_and_some_between(frames: int, expected:
     assert np.diff(indices).max(initial=0) < max(2, frames / 2)
 
 
-@pytest.mark.parametrize(("size", "shape"), [((20, 30), (160, 240)), ((100, 480), (50, 240)), ((100, 200), (100, 200))])
+@pytest.mark.parametrize(
+    ("size", "shape"), [((20, 30), (160, 240)), ((100, 480), (50, 240)), ((100, 200), (100, 200)), ((900, 10), (320, 4))]
+)
 def test_pictures_are_of_a_size_to_be_seen(size: tuple[int, int], shape: tuple[int, int]) -> None:
     sample = samples(1, size).pictures()[0]
     assert sample.original.shape == sample.reconstruction.shape == (*shape, 3)
@@ -99,8 +101,22 @@ def test_sheet_shows_original_reconstruction_and_difference() -> None:
     assert (sheet[:, :GUTTER].max(axis=2) > 200).any(), "rows are labelled"
 
 
+def test_sheet_of_many_clips_says_how_many_it_leaves_out() -> None:
+    clips = {f"{i}.mp4": [measured(f"{i}.mp4")] for i in range(CLIPS + 3)}
+    full, more = contact_sheet(dict(list(clips.items())[:CLIPS])), contact_sheet(clips)
+    assert full.shape[0] < more.shape[0] < full.shape[0] + 40
+    assert len(Page(Report([one for found in clips.values() for one in found], {}).to_html()).links) == CLIPS + 3
+
+
 def test_table_and_means() -> None:
-    report = Report([measured(psnr=30.0), measured("b/other.mp4", psnr=34.0, lpips=0.5), measured(codec="exact", psnr=math.inf)], {})
+    report = Report(
+        [
+            measured(psnr=30.0, seam=-0.001, first_frame=1.5),
+            measured("b/other.mp4", psnr=34.0, lpips=0.5),
+            measured(codec="exact", psnr=math.inf),
+        ],
+        {},
+    )
     rows = report.rows()
     assert [(row["clip"], row["codec"], row["PSNR"]) for row in rows] == [
         ("clip.mp4", "tiny", "30.00"),
@@ -110,7 +126,7 @@ def test_table_and_means() -> None:
         ("mean of 1", "exact", "inf"),
     ]
     assert [row["LPIPS"] for row in rows[:3]] == ["not computed", "0.5000", "0.5000"]
-    assert rows[0]["memory"] == "2 MB"
+    assert [rows[0][label] for label in ("memory", "seam", "first")] == ["2 MB", "0.00", "+1.50"]
     assert "rFVD" not in rows[0]
     assert len({tuple(row) for row in rows}) == 1
 

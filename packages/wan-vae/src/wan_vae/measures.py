@@ -87,4 +87,5 @@ def text(measure: Measure, value: Any) -> str:
     """A value as the table shows it."""
     if value is None:
         return NOT_COMPUTED
-    return measure.form.format(value / MEGABYTE if measure.key == "peak_memory" else value)
+    shown = measure.form.format(value / MEGABYTE if measure.key == "peak_memory" else value)
+    return shown[1:] if shown in ("+0.00", "-0.00") else shown

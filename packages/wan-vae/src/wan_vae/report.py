@@ -147,6 +147,7 @@ h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2.2rem}
 th,td{padding:.3rem .5rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600}th:nth-child(-n+2),td:nth-child(-n+2){text-align:left}
 tr.mean{font-weight:600;background:var(--soft)}.none,small,.dim{color:var(--dim);font-weight:400}
+.none{font-size:11px;line-height:1.1;white-space:normal}
 figure{margin:1.5rem 0}figcaption{font-weight:600;margin-bottom:.4rem;overflow-wrap:anywhere}
 img{max-width:100%;height:auto;border-radius:4px}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1rem;font-size:13px}dt{font-weight:600}dd{margin:0}"""

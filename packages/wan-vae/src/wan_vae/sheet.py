@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from .glyphs import HEIGHT, WIDTH, write
 from .thumbnails import AMPLIFY, Sample
 from .video import Frame
 
+CLIPS = 24  # on a sheet; the page has them all
 SCALE = 2  # of the letters
 LINE = HEIGHT * SCALE
 GAP = 8
@@ -22,7 +24,9 @@ PAPER, INK, DIM = (24, 24, 26), (236, 236, 236), (150, 150, 156)
 
 def contact_sheet(clips: Mapping[str, Sequence[Measured]], *, captions: bool = True) -> Frame:
     """A block a clip: its frames, then for every codec the reconstruction and the amplified difference; uint8 `[H, W, 3]`."""
-    blocks = [block for clip, found in clips.items() for block in _clip(clip if captions else "", found)]
+    blocks = [block for clip, found in islice(clips.items(), CLIPS) for block in _clip(clip if captions else "", found)]
+    if len(clips) > CLIPS:
+        blocks.append(_text_block(f"and {len(clips) - CLIPS} more: see index.html", INK))
     width = max(block.shape[1] for block in blocks) + GAP
     height = sum(block.shape[0] + GAP for block in blocks) + GAP
     sheet = _paper(height, width)

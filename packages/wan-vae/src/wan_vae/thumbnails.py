@@ -11,7 +11,7 @@ from torch import Tensor
 from .video import Frame
 
 PICTURES = 4  # at most, of a video
-WIDTH = 240  # pixels of a picture that is kept; smaller ones are enlarged by a whole number
+WIDTH, HEIGHT = 240, 320  # pixels that a picture which is kept fits into; smaller ones are enlarged by a whole number
 AMPLIFY = 8  # times the difference, to be seen
 
 
@@ -60,13 +60,14 @@ def _sample(index: int, x: Tensor, y: Tensor) -> Sample:
 
 
 def _small(picture: Tensor) -> Frame:
-    """`[3, H, W]` in [-1, 1] to uint8 `[h, w, 3]`, scaled to `WIDTH` or enlarged by a whole number up to it."""
+    """`[3, H, W]` in [-1, 1] to uint8 `[h, w, 3]`, scaled down, or enlarged by a whole number, to fit `WIDTH` and `HEIGHT`."""
     height, width = picture.shape[-2:]
+    scale = min(WIDTH / width, HEIGHT / height)
     pixels = picture.float().cpu()[None]
-    if width > WIDTH:
-        pixels = F.interpolate(pixels, (max(1, round(height * WIDTH / width)), WIDTH), mode="area")
-    elif WIDTH // width > 1:
-        pixels = F.interpolate(pixels, scale_factor=float(WIDTH // width), mode="nearest")
+    if scale < 1:
+        pixels = F.interpolate(pixels, (max(1, round(height * scale)), max(1, round(width * scale))), mode="area")
+    elif scale >= 2:
+        pixels = F.interpolate(pixels, scale_factor=float(int(scale)), mode="nearest")
     levels = ((pixels[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     frame: Frame = levels.permute(1, 2, 0).contiguous().numpy()
     return frame
