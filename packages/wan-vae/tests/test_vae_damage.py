@@ -13,7 +13,7 @@ import pytest
 from shuffle_vae import ShuffleVAE
 from wan_vae import VideoCodec
 from wan_vae.latents import LatentFile
-from wan_vae.video import Gap, probe, read, read_frames
+from wan_vae.video import Gap, VideoWriter, probe, read, read_frames
 
 Film = Callable[..., Path]
 
@@ -152,3 +152,24 @@ def test_a_limit_before_the_damage_does_not_see_it(tmp_path: Path) -> None:
 def test_an_unknown_answer_to_damage(film: Film) -> None:
     with pytest.raises(ValueError, match="on_error is 'ignore', expected one of error, stop, fill"):
         read(film(), on_error="ignore")
+
+
+def test_a_pause_among_even_frames_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "film.mkv"
+    with VideoWriter(path, fps=25, size=(32, 16)) as writer:
+        for index in range(40):
+            writer.write(np.full((16, 32, 3), index, np.uint8), index + 3 * (index > 20))
+    with pytest.warns(RuntimeWarning, match=r"film\.mkv' has 1 pauses among evenly spaced frames"):
+        assert len(list(read_frames(path))) == 40
+
+
+def test_frames_that_an_edit_list_leaves_out_are_told(tmp_path: Path) -> None:
+    path = counted(tmp_path / "film.mp4")
+    data = bytearray(path.read_bytes())
+    place = data.index(b"elst") + 12
+    data[place : place + 4] = (600).to_bytes(4, "big")  # of 1600 ms
+    path.write_bytes(data)
+    with pytest.warns(RuntimeWarning, match="holds 40 frames, of which its edit list shows 1[56]; the others are left out"):
+        numbers, _, gaps = shown(path)
+    assert numbers == list(range(len(numbers)))
+    assert gaps == []

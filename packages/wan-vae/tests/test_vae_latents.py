@@ -121,8 +121,8 @@ def test_too_many_gaps_are_refused() -> None:
 def test_files_of_the_first_format_are_still_read(film: Film, tmp_path: Path) -> None:
     path = tmp_path / "film.safetensors"
     VideoCodec(ShuffleVAE()).encode_file(film(9), path)
-    first = "codec weights weights_dtype latent_space normalised fps frames width height".split()
-    first += "pad_frames pad_right pad_bottom rotation color_range".split()
+    first = ["codec", "weights", "weights_dtype", "latent_space", "normalised", "fps", "frames", "width", "height"]
+    first += ["pad_frames", "pad_right", "pad_bottom", "rotation", "color_range"]
     metadata = LatentFile.open(path).info.to_metadata()
     save_file(load_file(path), path, {"format": "wan-vae-latents/1", **{key: metadata[key] for key in first}})
     file = LatentFile.open(path)

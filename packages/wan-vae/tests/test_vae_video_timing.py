@@ -83,13 +83,11 @@ def test_a_stream_without_timestamps_counts_by_its_rate(tmp_path: Path) -> None:
 
 
 def test_times_that_do_not_increase_are_refused_by_the_writer(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ValueError, match="frame 1 of .* is at 3, not after the frame before it at 3"),
-        VideoWriter(tmp_path / "film.mp4", fps=25, size=(32, 16)) as writer,
-    ):
+    with VideoWriter(tmp_path / "film.mp4", fps=25, size=(32, 16)) as writer:
         writer.write(grey(0), 3)
-        writer.write(grey(0), 3)
-    assert not list(tmp_path.iterdir())
+        with pytest.raises(ValueError, match=r"frame 1 of .* is at 3, not after the frame before it at 3"):
+            writer.write(grey(0), 3)
+    assert len(list(read_frames(tmp_path / "film.mp4"))) == 1
 
 
 def test_pixel_aspect_and_colour_tags_come_back(tmp_path: Path) -> None:

@@ -112,8 +112,9 @@ def film_frames(path: PathLike, depth: Depth = 8) -> Iterator[TimedFrame | Missi
         if pauses := _pauses(steps):
             message = f"'{path}' has {pauses} pauses among evenly spaced frames: its timing is kept, but frames may be missing there"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
-        if track.discarded:
-            warnings.warn(f"'{path}' leaves out {track.discarded} of its frames by its edit list", RuntimeWarning, stacklevel=2)
+        if _indexed(container) and track.count < stream.frames:
+            message = f"'{path}' holds {stream.frames} frames, of which its edit list shows {track.count}; the others are left out"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _pauses(steps: Counter[int]) -> int:
@@ -133,7 +134,6 @@ class _Track:
         self.pending: dict[int, bool] = {}  # times of the packets whose picture is due, and whether it follows damage
         self.failed: set[int] = set()  # times of those that did not decode
         self.tainted, self.reason = False, ""
-        self.discarded = 0  # packets that an edit list leaves out, after the first shown one
         self.packets = self.count = 0
         self.last: int | None = None
         self.end = 0  # of the last packet, in units of time_base
@@ -173,7 +173,6 @@ class _Track:
             self.tainted = False
         if packet.is_corrupt:
             self._damaged("a packet is cut or fails its check")
-        self.discarded += packet.is_discard and bool(self.end)
         if self.timed and packet.pts is not None and not packet.is_discard:
             self.pending[packet.pts] = self.tainted
             self.end = max(self.end, packet.pts + (packet.duration or 0))
@@ -232,7 +231,7 @@ class _Track:
 
     def _lost(self, container: Any) -> int:
         """Frames that are missing at the end, by the index of the file, the count or the duration that it declares."""
-        if container.format.name.startswith("mov"):  # its count may include frames that an edit list leaves out
+        if _indexed(container):  # its count may include frames that an edit list leaves out
             return max(0, len(self.stream.index_entries) - self.packets)
         if self.stream.frames:
             return max(0, int(self.stream.frames) - self.packets)
@@ -259,6 +258,11 @@ def open_film(path: PathLike) -> Iterator[tuple[Any, Any]]:
         if not container.streams.video:
             raise ValueError(f"'{path}' has no video stream")
         yield container, container.streams.video[0]
+
+
+def _indexed(container: Any) -> bool:
+    """Whether the container is of the MP4 family, whose index lists every frame."""
+    return str(container.format.name).startswith("mov")
 
 
 def _hint(path: Path) -> str:
