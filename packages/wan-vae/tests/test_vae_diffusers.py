@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from wan_vae.checkpoint import diffusers_config, save_diffusers
 from wan_vae.config import VAEConfig
-from wan_vae.layers import StreamState
 from wan_vae.model import WanVAE
 from wan_vae.names import diffusers_names
+from wan_vae.stream import StreamState
 from wan_vae.testing import difference, randomise
 
 TOLERANCE = 1e-5
@@ -70,7 +70,7 @@ def test_encode_and_decode_agree(pair: tuple[WanVAE, AutoencoderKLWan], frames: 
     reference = theirs.decode(latents).sample
     assert reference.abs().max() > 0.5
     assert difference(vae.decode(latents), reference) <= TOLERANCE
-    assert difference(vae._render(latents, StreamState(carry=False)).clamp(-1, 1), reference) <= TOLERANCE
+    assert difference(vae.decode_step(latents, StreamState(carry=False)).clamp(-1, 1), reference) <= TOLERANCE
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Causal convolution, norm, residual and attention blocks, and the state of a stream (Wan report, section 4.1).
+"""Causal convolution, norm, residual and attention blocks (Wan report, section 4.1).
 
 Shapes: B batch, C channels, T frames, H height, W width.
 """
@@ -6,54 +6,13 @@ Shapes: B batch, C channels, T frames, H height, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-
-@dataclass
-class StreamState:
-    """What one stream carries from chunk to chunk: each layer's last input frames.
-
-    started: whether a chunk has passed; the first frame bypasses all temporal resampling
-    carry: False for a clip given whole, after which nothing follows
-    """
-
-    carry: bool = True
-    started: bool = False
-    history: dict[Hashable, Tensor] = field(default_factory=dict)
-
-    def join(self, layer: nn.Module, x_BCTHW: Tensor, frames: int) -> Tensor:
-        """Put what `layer` remembers in front of its input (nothing at the start) and remember the last `frames` frames."""
-        if (past := self.history.get(layer)) is not None:
-            x_BCTHW = torch.cat([past, x_BCTHW], dim=2)
-        if self.carry and frames:
-            self.history[layer] = x_BCTHW[:, :, -frames:].clone()  # a view would keep the whole chunk alive
-        return x_BCTHW
-
-
-def convolve(
-    x_BCTHW: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int, int] = (1, 1, 1),
-    padding: tuple[int, int, int] = (0, 0, 0),
-) -> Tensor:
-    """F.conv3d, by the way that is fastest on a CPU.
-
-    For a batch of one with few channels torch leaves oneDNN for an im2col that takes up to four times as long, so oneDNN
-    is called by its name; kernels without spatial extent run as 2D over (T, H*W).
-    """
-    if weight.shape[-1] == 1:
-        height, width = x_BCTHW.shape[-2:]
-        return F.conv2d(x_BCTHW.flatten(-2), weight.squeeze(-1), bias, stride[:2], padding[:2]).unflatten(-1, (height, width))
-    if x_BCTHW.is_cpu and x_BCTHW.dtype == torch.float32 and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu"):
-        return torch.mkldnn_convolution(x_BCTHW, weight, bias, padding, stride, (1, 1, 1), 1)
-    return F.conv3d(x_BCTHW, weight, bias, stride, padding)
+from .stream import StreamState
 
 
 class CausalConv(nn.Conv3d):
@@ -61,16 +20,14 @@ class CausalConv(nn.Conv3d):
 
     def __init__(self, dim: int, out_dim: int, kernel: tuple[int, int, int]) -> None:
         super().__init__(dim, out_dim, kernel)
+        self.slot = ""
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:  # type: ignore[override]
-        reach, rows, columns = (size - 1 for size in self.kernel_size)
-        margin = (0, rows // 2, columns // 2)
-        joined_BCTHW = state.join(self, x_BCTHW, reach)
-        if x_BCTHW.shape[2] == 1:  # the taps that would meet padding are left out
-            return convolve(joined_BCTHW, self.weight[:, :, -joined_BCTHW.shape[2] :], self.bias, padding=margin)
-        if missing := reach + x_BCTHW.shape[2] - joined_BCTHW.shape[2]:
-            joined_BCTHW = F.pad(joined_BCTHW, (0, 0, 0, 0, missing, 0))
-        return convolve(joined_BCTHW, self.weight, self.bias, padding=margin)
+        rows = self.kernel_size[1] // 2
+        if rows and state.shard is not None:
+            x_BCTHW, rows = state.shard.extend(x_BCTHW, rows, rows), 0
+        past_BCTHW = state.recall(self, x_BCTHW, self.kernel_size[0] - 1)
+        return state.convolution(self, x_BCTHW, past_BCTHW, rows)
 
 
 class RMSNorm(nn.Module):
@@ -84,7 +41,14 @@ class RMSNorm(nn.Module):
         dim = self.gamma.shape[0]
         square_B1THW = x_BCTHW.to(torch.promote_types(x_BCTHW.dtype, torch.float32)).square().sum(dim=1, keepdim=True)
         scale_B1THW = math.sqrt(dim) * square_B1THW.clamp_min(1e-24).rsqrt()
-        return x_BCTHW * scale_B1THW.to(x_BCTHW.dtype) * self.gamma.view(dim, 1, 1, 1)
+        gamma_C111 = self.gamma.view(dim, 1, 1, 1)
+        scaled_BCTHW = x_BCTHW * scale_B1THW.to(x_BCTHW.dtype)
+        return scaled_BCTHW * gamma_C111 if torch.is_grad_enabled() else scaled_BCTHW.mul_(gamma_C111)
+
+
+def normed(norm: RMSNorm, x_BCTHW: Tensor) -> Tensor:
+    """Norm and SiLU; without gradients in one new tensor instead of three, which a CPU would have to be given page by page."""
+    return F.silu(norm(x_BCTHW), inplace=not torch.is_grad_enabled())
 
 
 class ResBlock(nn.Module):
@@ -99,9 +63,10 @@ class ResBlock(nn.Module):
         self.shortcut = CausalConv(dim, out_dim, (1, 1, 1)) if dim != out_dim else None
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
-        h_BCTHW = self.conv1(F.silu(self.norm1(x_BCTHW)), state)
-        h_BCTHW = self.conv2(F.silu(self.norm2(h_BCTHW)), state)
-        return h_BCTHW + (self.shortcut(x_BCTHW, state) if self.shortcut is not None else x_BCTHW)
+        h_BCTHW = self.conv1(normed(self.norm1, x_BCTHW), state)
+        h_BCTHW = self.conv2(normed(self.norm2, h_BCTHW), state)
+        shortcut_BCTHW = self.shortcut(x_BCTHW, state) if self.shortcut is not None else x_BCTHW
+        return h_BCTHW + shortcut_BCTHW if torch.is_grad_enabled() else h_BCTHW.add_(shortcut_BCTHW)
 
 
 class FrameAttention(nn.Module):
@@ -114,7 +79,13 @@ class FrameAttention(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
         nn.init.zeros_(self.proj.weight)
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
+        if state.shard is not None:
+            return state.shard.own(self.attend(state.shard.gather(x_BCTHW)))
+        return self.attend(x_BCTHW)
+
+    def attend(self, x_BCTHW: Tensor) -> Tensor:
+        """Attention within whole frames."""
         frames, height = x_BCTHW.shape[2:4]
         qkv = self.to_qkv(self.norm(x_BCTHW).flatten(2, 3))
         q, k, v = rearrange(qkv, "b (three c) (t h) w -> three (b t) 1 (h w) c", three=3, t=frames)
@@ -132,7 +103,9 @@ class Middle(nn.Module):
         self.block2 = ResBlock(dim, dim)
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
-        return self.block2(self.attention(self.block1(x_BCTHW, state)), state)
+        x_BCTHW = state.run(self.block1, x_BCTHW)
+        x_BCTHW = state.run(self.attention, x_BCTHW)
+        return state.run(self.block2, x_BCTHW)
 
 
 class Head(nn.Module):
@@ -144,4 +117,4 @@ class Head(nn.Module):
         self.conv = CausalConv(dim, out_dim, (3, 3, 3))
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
-        return self.conv(F.silu(self.norm(x_BCTHW)), state)
+        return self.conv(normed(self.norm, x_BCTHW), state)

@@ -20,9 +20,13 @@ from torch import Tensor, nn
 
 from ._shared.weights import Pretrained, State
 from .config import TINY, VAEConfig
-from .layers import CausalConv, Head, Middle, StreamState
+from .convolution import Convolution, resolve_backend
+from .layers import CausalConv, Head, Middle
 from .plugins import VAESpec
 from .resample import DownLevel, UpLevel
+from .sessions import DecodeSession, EncodeSession
+from .stream import Shard, StreamState
+from .winograd import Winograd
 
 
 class Encoder(nn.Module):
@@ -42,10 +46,18 @@ class Encoder(nn.Module):
         self.head = Head(widths[-1], 2 * config.z_dim)
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
-        x_BCTHW = self.conv_in(x_BCTHW, state)
+        return self.bottom(self.trunk(x_BCTHW, state), state)
+
+    def trunk(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
+        """From pixels to the grid of the latents: convolutions alone, so a tile needs its surroundings and no more."""
+        x_BCTHW = state.run(self.conv_in, x_BCTHW)
         for level in self.levels:
             x_BCTHW = level(x_BCTHW, state)
-        return self.head(self.middle(x_BCTHW, state), state)
+        return x_BCTHW
+
+    def bottom(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
+        """On the grid of the latents, where a frame attends to all of itself."""
+        return state.run(self.head, self.middle(x_BCTHW, state))
 
 
 class Decoder(nn.Module):
@@ -72,10 +84,17 @@ class Decoder(nn.Module):
         self.head = Head(widths[-1], 3 * config.patch_size**2)
 
     def forward(self, z_BCTHW: Tensor, state: StreamState) -> Tensor:
-        x_BCTHW = self.middle(self.conv_in(z_BCTHW, state), state)
+        return self.trunk(self.bottom(z_BCTHW, state), state)
+
+    def bottom(self, z_BCTHW: Tensor, state: StreamState) -> Tensor:
+        """On the grid of the latents, where a frame attends to all of itself."""
+        return self.middle(state.run(self.conv_in, z_BCTHW), state)
+
+    def trunk(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
+        """From the grid of the latents to pixels: convolutions alone, so a tile needs its surroundings and no more."""
         for level in self.levels:
             x_BCTHW = level(x_BCTHW, state)
-        return self.head(x_BCTHW, state)
+        return state.run(self.head, x_BCTHW)
 
 
 class WanVAE(Pretrained):
@@ -99,18 +118,47 @@ class WanVAE(Pretrained):
         self.quant_conv = CausalConv(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         self.post_quant_conv = CausalConv(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
+        self._backend = "auto"
+        self._winograd = Winograd()
+        for name, module in self.named_modules():
+            module.slot = name  # type: ignore[assignment]
+
+    @property
+    def backend(self) -> str:
+        """How convolutions are computed here: "direct", "winograd" or "conv2d"; set it to one of them, or to "auto"."""
+        weight = self.last_layer
+        return resolve_backend(self._backend, weight.device, weight.dtype)
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        resolve_backend(name, self.last_layer.device, self.last_layer.dtype)
+        self._backend = name
+
+    def encode_session(self, *, shard: Shard | None = None) -> EncodeSession:
+        """A stream of frames to latents; its `push` takes the next chunk."""
+        return EncodeSession(self, shard=shard)
+
+    def decode_session(self, *, shard: Shard | None = None) -> DecodeSession:
+        """A stream of latents to frames; its `push` takes the next chunk."""
+        return DecodeSession(self, shard=shard)
+
+    def convolution(self, half: str) -> Convolution:
+        """What computes the convolutions of "encoder" or "decoder"; transformed filters of the other half make room."""
+        other = self.decoder if half == "encoder" else self.encoder
+        self._winograd.drop(other.modules())
+        return Convolution(self.backend, self._winograd)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Video to normalised latents, the mean of the posterior. ValueError where T, H or W does not divide."""
-        self._check_video(video)
+        self.check_video(video)
         first, *rest = video.split([1, *[self.config.stride[0]] * (video.shape[2] // self.config.stride[0])], dim=2)
         return torch.cat(list(self.encode_stream([first, *rest])), dim=2)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Normalised latents to video, clamped to [-1, 1]. The decoder draws no noise: `generator` is not used."""
-        self._check_latents(latents)
+        self.check_latents(latents)
         return torch.cat(list(self.decode_stream(latents.split(1, dim=2))), dim=2)
 
     @torch.no_grad()
@@ -119,12 +167,9 @@ class WanVAE(Pretrained):
 
         The generator holds the state, so streams may be interleaved. ValueError for a chunk that breaks the rule.
         """
-        state = StreamState()
+        session = self.encode_session()
         for chunk in chunks:
-            self._check_video(chunk, started=state.started)
-            mean, _ = self._moments(chunk, state)
-            state.started = True
-            yield self._normalise(mean)
+            yield session.push(chunk)
 
     @torch.no_grad()
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -132,17 +177,14 @@ class WanVAE(Pretrained):
 
         The generator holds the state, so streams may be interleaved.
         """
-        state = StreamState()
+        session = self.decode_session()
         for chunk in chunks:
-            self._check_latents(chunk)
-            video = self._render(self._denormalise(chunk), state)
-            state.started = True
-            yield video.clamp(-1, 1)
+            yield session.push(chunk)
 
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents, before normalisation; differentiable."""
-        self._check_video(video)
-        return self._moments(video, StreamState(carry=False))
+        self.check_video(video)
+        return self.encode_step(video, StreamState(carry=False, convolution=Convolution(self.backend, self._winograd)))
 
     def reconstruct(self, video: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`(video, mean, logvar)`: the reconstruction, unclamped, and the moments; differentiable.
@@ -154,7 +196,8 @@ class WanVAE(Pretrained):
         if self.training or generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else mean.device)
             latents = mean + noise.to(mean) * torch.exp(0.5 * logvar.clamp(-30, 20))
-        return self._render(latents, StreamState(carry=False)), mean, logvar
+        state = StreamState(carry=False, convolution=Convolution(self.backend, self._winograd))
+        return self.decode_step(latents, state), mean, logvar
 
     @torch.no_grad()
     def fit_normaliser(self, batches: Iterable[Tensor]) -> None:
@@ -211,30 +254,35 @@ class WanVAE(Pretrained):
 
         return official_names(config)
 
-    def _moments(self, video: Tensor, state: StreamState) -> tuple[Tensor, Tensor]:
+    def encode_step(self, video: Tensor, state: StreamState) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of a chunk, before normalisation; unchecked, the core of `EncodeSession.push`."""
         p = self.config.patch_size
         patches = rearrange(video, "b c t (h q) (w r) -> b (c r q) t h w", q=p, r=p)
         mean, logvar = self.quant_conv(self.encoder(patches, state), state).chunk(2, dim=1)
         return mean, logvar
 
-    def _render(self, latents: Tensor, state: StreamState) -> Tensor:
+    def decode_step(self, latents: Tensor, state: StreamState) -> Tensor:
+        """The frames of a chunk of latents that are not normalised; unchecked and unclamped, the core of `DecodeSession.push`."""
         p = self.config.patch_size
         patches = self.decoder(self.post_quant_conv(latents, state), state)
         return rearrange(patches, "b (c r q) t h w -> b c t (h q) (w r)", q=p, r=p)
 
-    def _normalise(self, mean: Tensor) -> Tensor:
+    def normalise(self, mean: Tensor) -> Tensor:
+        """Latents by the statistics of the config."""
         if not self.config.latents_std:
             return mean
         center, deviation = _statistics(self.config, mean.device, mean.dtype)
         return (mean - center) / deviation
 
-    def _denormalise(self, latents: Tensor) -> Tensor:
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
         if not self.config.latents_std:
             return latents
         center, deviation = _statistics(self.config, latents.device, latents.dtype)
         return latents * deviation + center
 
-    def _check_video(self, video: Tensor, started: bool = False) -> None:
+    def check_video(self, video: Tensor, started: bool = False) -> None:
+        """ValueError where T, H or W does not divide, with the nearest that does; `started`: a chunk has passed before."""
         time, height, width = self.config.stride
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"video is {tuple(video.shape)}, expected [B, 3, T, H, W]")
@@ -249,7 +297,8 @@ class WanVAE(Pretrained):
                 nearest = sorted({max(unit, size // unit * unit), (size // unit + 1) * unit})
                 raise ValueError(f"video {axis} is {size}, expected a multiple of {unit}, such as {' or '.join(map(str, nearest))}")
 
-    def _check_latents(self, latents: Tensor) -> None:
+    def check_latents(self, latents: Tensor) -> None:
+        """ValueError where the shape is not `[B, z_dim, T', H', W']`."""
         if latents.ndim != 5 or latents.shape[1] != self.config.z_dim or 0 in latents.shape:
             raise ValueError(f"latents are {tuple(latents.shape)}, expected [B, {self.config.z_dim}, T, H, W]")
 

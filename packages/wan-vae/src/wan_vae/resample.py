@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import CausalConv, ResBlock, StreamState, convolve
+from .convolution import convolve
+from .layers import CausalConv, ResBlock
+from .stream import StreamState
 
 
 class Downsample(nn.Module):
@@ -25,7 +27,8 @@ class Downsample(nn.Module):
             _dirac(self.time_conv, tap=1)
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
-        padded_BCTHW = F.pad(x_BCTHW, (0, 1, 0, 1))  # the kernel reaches over the right and bottom edge only
+        x_BCTHW = x_BCTHW if state.shard is None else state.shard.extend(x_BCTHW, 0, 1)
+        padded_BCTHW = F.pad(x_BCTHW, (0, 1, 0, int(state.shard is None)))  # the kernel reaches over the right and bottom edge only
         x_BCTHW = convolve(padded_BCTHW, self.conv.weight.unsqueeze(2), self.conv.bias, stride=(1, 2, 2))
         if self.time_conv is None:
             return x_BCTHW
@@ -50,7 +53,10 @@ class Upsample(nn.Module):
         if self.time_conv is not None:
             x_BCTHW = self._double_time(self.time_conv, x_BCTHW, state)
         x_BCTHW = F.interpolate(x_BCTHW, scale_factor=(1.0, 2.0, 2.0), mode="nearest-exact")
-        return convolve(x_BCTHW, self.conv.weight.unsqueeze(2), self.conv.bias, padding=(0, 1, 1))
+        rows = 1
+        if state.shard is not None:
+            x_BCTHW, rows = state.shard.extend(x_BCTHW, rows, rows), 0
+        return state.convolution(self.conv, x_BCTHW, None, rows)
 
     def _double_time(self, time_conv: CausalConv, x_BCTHW: Tensor, state: StreamState) -> Tensor:
         bypass = 0 if state.started else 1
@@ -111,10 +117,8 @@ class DownLevel(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
         h_BCTHW = x_BCTHW
-        for block in self.blocks:
-            h_BCTHW = block(h_BCTHW, state)
-        if self.resample is not None:
-            h_BCTHW = self.resample(h_BCTHW, state)
+        for block in (*self.blocks, *([self.resample] if self.resample is not None else [])):
+            h_BCTHW = state.run(block, h_BCTHW)
         return h_BCTHW if self.shortcut is None else h_BCTHW + self.shortcut(x_BCTHW)
 
 
@@ -132,8 +136,6 @@ class UpLevel(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
         h_BCTHW = x_BCTHW
-        for block in self.blocks:
-            h_BCTHW = block(h_BCTHW, state)
-        if self.resample is not None:
-            h_BCTHW = self.resample(h_BCTHW, state)
+        for block in (*self.blocks, *([self.resample] if self.resample is not None else [])):
+            h_BCTHW = state.run(block, h_BCTHW)
         return h_BCTHW if self.shortcut is None else h_BCTHW + self.shortcut(x_BCTHW, state)
