@@ -1,0 +1,116 @@
+"""The ways to compute a convolution: directly, by Winograd's algorithm, or as a sum of 2D convolutions.
+
+Shapes: B batch, C channels, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .memory import free_memory
+from .winograd import BUDGET, Winograd
+
+Backend = Literal["auto", "direct", "winograd", "conv2d"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+ROOM = 3 * BUDGET  # bytes of free memory from which "auto" keeps transformed filters
+
+
+@dataclass
+class Convolution:
+    """Computes the convolutions of a VAE by one backend: "direct", "winograd" or "conv2d".
+
+    direct: the library's own
+    winograd: fp32 on a CPU and no gradients; whatever else comes is computed directly
+    conv2d: a 3x3x3 convolution as the sum of three 3x3 ones, for devices whose 3D convolutions are slow (MPS, ROCm)
+    """
+
+    backend: str = "direct"
+    winograd: Winograd = field(default_factory=Winograd)
+
+    def __call__(self, layer: nn.Conv2d | nn.Conv3d, x_BCTHW: Tensor, past_BCTHW: Tensor | None, rows: int) -> Tensor:
+        """Stride 1, zeros around width, `rows` rows of zeros above and below; in time what is missing of `past` is zeros."""
+        if self.backend == "winograd" and self.winograd.takes(layer) and not torch.is_grad_enabled() and _plain(x_BCTHW):
+            made = self._by_winograd(layer, x_BCTHW, past_BCTHW, rows)
+            if made is not None:
+                return made
+        weight = layer.weight if layer.weight.ndim == 5 else layer.weight.unsqueeze(2)
+        padding, reach = (0, rows, weight.shape[-1] // 2), weight.shape[2] - 1
+        joined = x_BCTHW if past_BCTHW is None else torch.cat([past_BCTHW, x_BCTHW], dim=2)
+        if x_BCTHW.shape[2] == 1:  # the taps that would meet padding are left out
+            weight = weight[:, :, -joined.shape[2] :]
+        elif missing := reach + x_BCTHW.shape[2] - joined.shape[2]:
+            joined = F.pad(joined, (0, 0, 0, 0, missing, 0))
+        if self.backend == "conv2d" and weight.shape[2] > 1 and weight.shape[-1] > 1:
+            return _sum_of_2d(joined, weight, layer.bias, padding[1:])
+        return convolve(joined, weight, layer.bias, padding=padding)
+
+    def _by_winograd(self, layer: nn.Conv2d | nn.Conv3d, x_BCTHW: Tensor, past_BCTHW: Tensor | None, rows: int) -> Tensor | None:
+        clips = []
+        for sample in range(len(x_BCTHW)):
+            frames = list(x_BCTHW[sample].permute(1, 2, 3, 0).contiguous())
+            past = [] if past_BCTHW is None else list(past_BCTHW[sample].permute(1, 2, 3, 0).contiguous())
+            if layer.weight.ndim == 5 and (past or len(frames) > 1):
+                past = [torch.zeros_like(frames[0])] * (2 - len(past)) + past
+            made = self.winograd.convolve(layer, [*past, *frames], rows)
+            if made is None:
+                return None
+            clips.append(made.permute(3, 0, 1, 2))
+        return clips[0][None] if len(clips) == 1 else torch.stack(clips)
+
+
+def resolve_backend(asked: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend to use: what was asked for, and for "auto" what is fastest on this device.
+
+    ValueError for an unknown name, or for "winograd" where it cannot run.
+    """
+    if asked not in BACKENDS:
+        raise ValueError(f"unknown convolution backend '{asked}', expected one of {', '.join(BACKENDS)}")
+    able = device.type == "cpu" and dtype == torch.float32
+    if asked == "winograd" and not able:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"the winograd backend computes in fp32 on a CPU, not in {name} on {device.type}: use auto or direct")
+    if asked != "auto":
+        return asked
+    if device.type == "mps" or (device.type == "cuda" and torch.version.hip):
+        return "conv2d"
+    return "winograd" if able and free_memory() >= ROOM else "direct"
+
+
+def convolve(
+    x_BCTHW: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int, int] = (1, 1, 1),
+    padding: tuple[int, int, int] = (0, 0, 0),
+) -> Tensor:
+    """F.conv3d, by the way that is fastest on a CPU.
+
+    For a batch of one with few channels torch leaves oneDNN for an im2col that takes up to four times as long, so oneDNN
+    is called by its name; kernels without spatial extent run as 2D over (T, H*W).
+    """
+    if weight.shape[-1] == 1:
+        height, width = x_BCTHW.shape[-2:]
+        return F.conv2d(x_BCTHW.flatten(-2), weight.squeeze(-1), bias, stride[:2], padding[:2]).unflatten(-1, (height, width))
+    if _plain(x_BCTHW) and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(x_BCTHW, weight, bias, padding, stride, (1, 1, 1), 1)
+    return F.conv3d(x_BCTHW, weight, bias, stride, padding)
+
+
+def _sum_of_2d(x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
+    batch, frames = len(x_BCTHW), x_BCTHW.shape[2] - weight.shape[2] + 1
+    total = None
+    for tap in range(weight.shape[2]):
+        folded = x_BCTHW[:, :, tap : tap + frames].transpose(1, 2).flatten(0, 1)
+        part = F.conv2d(folded, weight[:, :, tap], bias if total is None else None, padding=padding)
+        total = part if total is None else total + part
+    assert total is not None
+    return total.unflatten(0, (batch, frames)).transpose(1, 2)
+
+
+def _plain(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

@@ -1,0 +1,34 @@
+"""How much memory the machine has left."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory() -> int:
+    """Bytes that a process may still take without swapping: the least of what Linux and the control group say.
+
+    Elsewhere the physical memory less a quarter, and 0 where the system does not tell.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE) if MEMINFO.exists() else None
+    if found is None:
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
+        except (AttributeError, ValueError, OSError):
+            return 0
+    free = int(found[1]) * 1024
+    limit, used = _number(CGROUP / "memory.max"), _number(CGROUP / "memory.current")
+    return free if limit is None or used is None else min(free, max(0, limit - used))
+
+
+def _number(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None

@@ -1,0 +1,100 @@
+"""The state of a stream: what every layer remembers from chunk to chunk.
+
+Shapes: B batch, C channels, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .convolution import Convolution
+
+
+class Shard(Protocol):
+    """The rows of a picture that this process holds, and the way to the others' (see `sharding.py`)."""
+
+    def extend(self, x_BCTHW: Tensor, above: int, below: int) -> Tensor:
+        """`x` with so many rows of the neighbours above and below; zeros at the edges of the picture."""
+
+    def gather(self, x_BCTHW: Tensor) -> Tensor:
+        """The whole picture."""
+
+    def own(self, x_BCTHW: Tensor) -> Tensor:
+        """The rows of this process out of the whole picture."""
+
+
+@dataclass
+class Trace:
+    """What a block did with its last chunk, and whether its memory was the same before and after."""
+
+    given: Tensor
+    made: Tensor
+    settled: bool
+
+
+@dataclass
+class StreamState:
+    """What one stream carries from chunk to chunk: each layer's last input frames, by the layer's name.
+
+    carry: False for a clip given whole, after which nothing follows
+    started: whether a chunk has passed; the first frame bypasses all temporal resampling
+    convolution: computes the convolutions
+    shard: the rows that this process holds, None for all
+    held: whether this chunk of the stream repeats the last one; then blocks are compared, and what repeats is reused
+    """
+
+    carry: bool = True
+    started: bool = False
+    convolution: Convolution = field(default_factory=Convolution)
+    shard: Shard | None = None
+    history: dict[str, Tensor] = field(default_factory=dict)
+    held: bool = False
+    last: Tensor | None = None
+    traces: dict[str, Trace] = field(default_factory=dict)
+    skipped: int = 0
+
+    def recall(self, layer: nn.Module, x_BCTHW: Tensor, frames: int) -> Tensor | None:
+        """What `layer` remembers (nothing at the start); remember the last `frames` frames of that and `x`."""
+        past = self.history.get(layer.slot)  # type: ignore[call-overload]
+        if self.carry and frames:
+            kept = x_BCTHW[:, :, -frames:]
+            if past is not None and kept.shape[2] < frames:
+                kept = torch.cat([past[:, :, kept.shape[2] - frames :], kept], dim=2)
+            else:
+                kept = kept.clone()  # a view would keep the whole chunk alive
+            self.history[layer.slot] = kept  # type: ignore[index]
+        return past
+
+    def join(self, layer: nn.Module, x_BCTHW: Tensor, frames: int) -> Tensor:
+        """Put what `layer` remembers in front of its input, and remember the last `frames` frames."""
+        past = self.recall(layer, x_BCTHW, frames)
+        return x_BCTHW if past is None else torch.cat([past, x_BCTHW], dim=2)
+
+    def watch(self, chunk: Tensor) -> None:
+        """Note whether `chunk` repeats the last one to the bit, as the tail of a still image or of padding does."""
+        self.held = self.started and self.last is not None and self.last.shape == chunk.shape and torch.equal(self.last, chunk)
+        self.last = chunk
+        if not self.held:
+            self.traces.clear()
+
+    def run(self, block: nn.Module, x_BCTHW: Tensor) -> Tensor:
+        """`block(x, state)`; while the stream repeats itself, the last output where neither input nor memory has changed.
+
+        Equal to the bit: the same computation on the same numbers is left out.
+        """
+        if not self.held:
+            return block(x_BCTHW, self)  # type: ignore[no-any-return]
+        slot: str = block.slot  # type: ignore[assignment]
+        trace = self.traces.get(slot)
+        if trace is not None and trace.settled and torch.equal(trace.given, x_BCTHW):
+            self.skipped += 1
+            return trace.made
+        before = {key: value for key, value in self.history.items() if key == slot or key.startswith(f"{slot}.")}
+        made: Tensor = block(x_BCTHW, self)
+        settled = all(torch.equal(value, self.history[key]) for key, value in before.items())
+        self.traces[slot] = Trace(x_BCTHW, made, settled)
+        return made
