@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ._shared.spec import UNKNOWN
 from .latents import LatentFile, LatentInfo, Padding, write_latents
-from .streams import with_logvar
 from .video import Crop, PathLike, Reader, TimedFrame, open_writer, to_frames, to_tensor
 
 Progress = Callable[[int, int | None], None]
@@ -129,7 +128,7 @@ class VideoCodec:
             return None if _even(times, source.fps * source.time_base) else [time - times[0] for time in times]
 
         with torch.inference_mode():
-            latents = with_logvar(self.vae, pixels()) if logvar else self.vae.encode_stream(pixels())
+            latents = self._with_logvar(pixels()) if logvar else self.vae.encode_stream(pixels())
             return write_latents(latent_path, latents, info, dtype=dtype, timestamps=timestamps)
 
     def decode_file(
@@ -172,6 +171,12 @@ class VideoCodec:
             if count != info.frames:
                 raise ValueError(f"'{self.name}' decoded {count} frames of '{latent_path}', which holds {info.frames}")
         return info
+
+    def _with_logvar(self, chunks: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        if not hasattr(self.vae, "encode_session"):
+            raise ValueError(f"'{self.name}' gives no log-variance while it streams; encode without --logvar")
+        session = self.vae.encode_session()
+        return (session.push(chunk, moments=True) for chunk in chunks)
 
     def _check(self, file: LatentFile) -> None:
         info, spec = file.info, self.spec

@@ -50,6 +50,26 @@ class StoppingVAE(ShuffleVAE):
             yield chunk
 
 
+class UncertainVAE(ShuffleVAE):
+    """Gives a log-variance in its sessions: minus the square of its latents."""
+
+    backend = "shuffled"
+
+    def encode_session(self):
+        return UncertainSession()
+
+
+class UncertainSession:
+    def __init__(self):
+        self.started = False
+
+    def push(self, video, *, moments=False):
+        before = [video[:, :, :1]] if self.started else []
+        self.started = True
+        latents = list(ShuffleVAE().encode_stream([*before, video]))[-1]
+        return (latents, -latents.square()) if moments else latents
+
+
 def stuck_vae():
     """A VAE that says so and waits, for a process that is killed while it writes."""
 
