@@ -84,7 +84,12 @@ class VideoWriter:
     def _write_to_scratch(self) -> Iterator[None]:
         with replacing(self.path) as scratch:
             self._audio = AudioTrack(self._audio_source) if self._audio_source is not None else None
-            self._container, self._stream = self._open(scratch)
+            try:
+                self._container, self._stream = self._open(scratch)
+            except BaseException:
+                if self._audio is not None:
+                    self._audio.close()
+                raise
             try:
                 yield
                 if not self.count:

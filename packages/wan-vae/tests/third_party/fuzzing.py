@@ -17,7 +17,11 @@ MEMORY = 12 << 30  # bytes of address space
 def damage(data: bytes, chance: random.Random) -> bytes:
     """The bytes with one of the accidents that files have, most often in the headers at both ends."""
     mutable = bytearray(data)
-    anywhere, head, tail = (lambda: chance.randrange(len(data))), (lambda: chance.randrange(400)), (lambda: -1 - chance.randrange(400))
+    anywhere, head, tail = (
+        (lambda: chance.randrange(len(data))),
+        (lambda: chance.randrange(min(1800, len(data)))),
+        (lambda: -1 - chance.randrange(400)),
+    )
     place = chance.choice([anywhere, head, tail])
     kind = chance.choice(["flip", "flip", "flip", "bytes", "cut", "zeros", "insert", "remove", "append", "swap", "number"])
     at = place() % len(data)
