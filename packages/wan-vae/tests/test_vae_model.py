@@ -175,6 +175,25 @@ def test_half_precision_runs_and_stays_near() -> None:
     assert difference(half.float(), latents) < 0.1
 
 
+def test_halves_compute_in_types_of_their_own() -> None:
+    vae, video = small(), clip(small(), 5)
+    latents = vae.encode(video)
+    frames = vae.decode(latents)
+    vae.set_precision(decode=torch.bfloat16)
+    assert torch.equal(vae.encode(video), latents)
+    assert vae.decode(latents).dtype == torch.bfloat16
+    assert 0 < difference(vae.decode(latents).float(), frames) < 0.1
+    assert vae.set_precision(encode=torch.bfloat16, decode=torch.float32).encode(video).dtype == torch.bfloat16
+    assert vae.decode(latents).dtype == torch.float32
+
+
+def test_a_device_that_is_no_cpu_encodes_in_fp32_and_decodes_in_bf16() -> None:
+    for dtype, expected in ((None, (torch.float32, torch.bfloat16)), (torch.float16, (torch.float16, torch.float16))):
+        vae = WanVAE.from_pretrained("pkg:wan_vae/weights/tiny", dtype=dtype, device="meta")
+        assert (vae.quant_conv.weight.dtype, vae.last_layer.dtype) == expected
+    assert WanVAE.from_pretrained("pkg:wan_vae/weights/tiny").last_layer.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

@@ -5,7 +5,7 @@ Shapes: B batch, C channels, T frames, H height, W width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -17,25 +17,27 @@ from .winograd import BUDGET, Winograd
 
 Backend = Literal["auto", "direct", "winograd", "conv2d"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-ROOM = 3 * BUDGET  # bytes of free memory from which "auto" keeps transformed filters
+ONEDNN = torch.backends.mkldnn.is_available()
+GROWTH = 16 / 3  # transformed filters, 4 x 36 numbers, over the 27 they are made of
+ROOM = 3  # times the memory of the transformed filters that must be free for "auto" to make them
 
 
 @dataclass
 class Convolution:
-    """Computes the convolutions of a VAE by one backend: "direct", "winograd" or "conv2d".
+    """Computes the convolutions of a VAE by one backend.
 
     direct: the library's own
-    winograd: fp32 on a CPU and no gradients; whatever else comes is computed directly
+    winograd: given where it is the backend; for fp32 on a CPU without gradients, whatever else comes is computed directly
     conv2d: a 3x3x3 convolution as the sum of three 3x3 ones, for devices whose 3D convolutions are slow (MPS, ROCm)
     """
 
     backend: str = "direct"
-    winograd: Winograd = field(default_factory=Winograd)
+    winograd: Winograd | None = None
 
     def __call__(self, layer: nn.Conv2d | nn.Conv3d, x_BCTHW: Tensor, past_BCTHW: Tensor | None, rows: int) -> Tensor:
         """Stride 1, zeros around width, `rows` rows of zeros above and below; in time what is missing of `past` is zeros."""
-        if self.backend == "winograd" and self.winograd.takes(layer) and not torch.is_grad_enabled() and _plain(x_BCTHW):
-            made = self._by_winograd(layer, x_BCTHW, past_BCTHW, rows)
+        if self.winograd is not None and self.winograd.takes(layer) and not torch.is_grad_enabled() and _plain(x_BCTHW):
+            made = _by_winograd(self.winograd, layer, x_BCTHW, past_BCTHW, rows)
             if made is not None:
                 return made
         weight = layer.weight if layer.weight.ndim == 5 else layer.weight.unsqueeze(2)
@@ -49,23 +51,11 @@ class Convolution:
             return _sum_of_2d(joined, weight, layer.bias, padding[1:])
         return convolve(joined, weight, layer.bias, padding=padding)
 
-    def _by_winograd(self, layer: nn.Conv2d | nn.Conv3d, x_BCTHW: Tensor, past_BCTHW: Tensor | None, rows: int) -> Tensor | None:
-        clips = []
-        for sample in range(len(x_BCTHW)):
-            frames = list(x_BCTHW[sample].permute(1, 2, 3, 0).contiguous())
-            past = [] if past_BCTHW is None else list(past_BCTHW[sample].permute(1, 2, 3, 0).contiguous())
-            if layer.weight.ndim == 5 and (past or len(frames) > 1):
-                past = [torch.zeros_like(frames[0])] * (2 - len(past)) + past
-            made = self.winograd.convolve(layer, [*past, *frames], rows)
-            if made is None:
-                return None
-            clips.append(made.permute(3, 0, 1, 2))
-        return clips[0][None] if len(clips) == 1 else torch.stack(clips)
 
+def resolve_backend(asked: str, device: torch.device, dtype: torch.dtype, weights: int) -> str:
+    """The backend to use: what was asked for, and for "auto" what is fastest on this device and has room there.
 
-def resolve_backend(asked: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend to use: what was asked for, and for "auto" what is fastest on this device.
-
+    weights: bytes of the layers that Winograd's algorithm suits
     ValueError for an unknown name, or for "winograd" where it cannot run.
     """
     if asked not in BACKENDS:
@@ -78,7 +68,7 @@ def resolve_backend(asked: str, device: torch.device, dtype: torch.dtype) -> str
         return asked
     if device.type == "mps" or (device.type == "cuda" and torch.version.hip):
         return "conv2d"
-    return "winograd" if able and free_memory() >= ROOM else "direct"
+    return "winograd" if able and weights and free_memory() >= ROOM * min(BUDGET, GROWTH * weights) else "direct"
 
 
 def convolve(
@@ -96,9 +86,23 @@ def convolve(
     if weight.shape[-1] == 1:
         height, width = x_BCTHW.shape[-2:]
         return F.conv2d(x_BCTHW.flatten(-2), weight.squeeze(-1), bias, stride[:2], padding[:2]).unflatten(-1, (height, width))
-    if _plain(x_BCTHW) and torch.backends.mkldnn.is_available():
+    if ONEDNN and _plain(x_BCTHW):
         return torch.mkldnn_convolution(x_BCTHW, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x_BCTHW, weight, bias, stride, padding)
+
+
+def _by_winograd(winograd: Winograd, layer: nn.Conv2d | nn.Conv3d, x_BCTHW: Tensor, past_BCTHW: Tensor | None, rows: int) -> Tensor | None:
+    clips = []
+    for sample in range(len(x_BCTHW)):
+        frames = list(x_BCTHW[sample].permute(1, 2, 3, 0).contiguous())
+        past = [] if past_BCTHW is None else list(past_BCTHW[sample].permute(1, 2, 3, 0).contiguous())
+        if layer.weight.ndim == 5 and (past or len(frames) > 1):
+            past = [torch.zeros_like(frames[0])] * (2 - len(past)) + past
+        made = winograd.convolve(layer, [*past, *frames], rows)
+        if made is None:
+            return None
+        clips.append(made.permute(3, 0, 1, 2))
+    return clips[0][None] if len(clips) == 1 else torch.stack(clips)
 
 
 def _sum_of_2d(x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:

@@ -8,9 +8,9 @@ Shapes: B batch, C channels, T frames, H height, W width.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,80 +21,12 @@ from torch import Tensor, nn
 from ._shared.weights import Pretrained, State
 from .config import TINY, VAEConfig
 from .convolution import Convolution, resolve_backend
-from .layers import CausalConv, Head, Middle
+from .halves import Decoder, Encoder
+from .layers import CausalConv
 from .plugins import VAESpec
-from .resample import DownLevel, UpLevel
 from .sessions import DecodeSession, EncodeSession
 from .stream import Shard, StreamState
 from .winograd import Winograd
-
-
-class Encoder(nn.Module):
-    """Patches of video to the moments of the latents."""
-
-    def __init__(self, config: VAEConfig) -> None:
-        super().__init__()
-        widths = [config.base_dim * mult for mult in (1, *config.dim_mult)]
-        times = (*config.temporal_downsample, False)
-        last = len(times) - 1
-        self.conv_in = CausalConv(3 * config.patch_size**2, widths[0], (3, 3, 3))
-        self.levels = nn.ModuleList(
-            DownLevel(dim, out_dim, config.num_res_blocks, down=i < last, time=times[i], residual=config.residual)
-            for i, (dim, out_dim) in enumerate(pairwise(widths))
-        )
-        self.middle = Middle(widths[-1])
-        self.head = Head(widths[-1], 2 * config.z_dim)
-
-    def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
-        return self.bottom(self.trunk(x_BCTHW, state), state)
-
-    def trunk(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
-        """From pixels to the grid of the latents: convolutions alone, so a tile needs its surroundings and no more."""
-        x_BCTHW = state.run(self.conv_in, x_BCTHW)
-        for level in self.levels:
-            x_BCTHW = level(x_BCTHW, state)
-        return x_BCTHW
-
-    def bottom(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
-        """On the grid of the latents, where a frame attends to all of itself."""
-        return state.run(self.head, self.middle(x_BCTHW, state))
-
-
-class Decoder(nn.Module):
-    """Latents to patches of video."""
-
-    def __init__(self, config: VAEConfig) -> None:
-        super().__init__()
-        widths = [config.decoder_base_dim * mult for mult in (config.dim_mult[-1], *reversed(config.dim_mult))]
-        times = (*reversed(config.temporal_downsample), False)
-        last = len(times) - 1
-        self.conv_in = CausalConv(config.z_dim, widths[0], (3, 3, 3))
-        self.middle = Middle(widths[0])
-        self.levels = nn.ModuleList(
-            UpLevel(
-                dim if config.residual or i == 0 else dim // 2,
-                out_dim,
-                config.num_res_blocks + 1,
-                up=i < last,
-                time=times[i],
-                residual=config.residual,
-            )
-            for i, (dim, out_dim) in enumerate(pairwise(widths))
-        )
-        self.head = Head(widths[-1], 3 * config.patch_size**2)
-
-    def forward(self, z_BCTHW: Tensor, state: StreamState) -> Tensor:
-        return self.trunk(self.bottom(z_BCTHW, state), state)
-
-    def bottom(self, z_BCTHW: Tensor, state: StreamState) -> Tensor:
-        """On the grid of the latents, where a frame attends to all of itself."""
-        return self.middle(state.run(self.conv_in, z_BCTHW), state)
-
-    def trunk(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
-        """From the grid of the latents to pixels: convolutions alone, so a tile needs its surroundings and no more."""
-        for level in self.levels:
-            x_BCTHW = level(x_BCTHW, state)
-        return state.run(self.head, x_BCTHW)
 
 
 class WanVAE(Pretrained):
@@ -126,13 +58,43 @@ class WanVAE(Pretrained):
     @property
     def backend(self) -> str:
         """How convolutions are computed here: "direct", "winograd" or "conv2d"; set it to one of them, or to "auto"."""
-        weight = self.last_layer
-        return resolve_backend(self._backend, weight.device, weight.dtype)
+        return self._resolve(self._backend)
 
     @backend.setter
     def backend(self, name: str) -> None:
-        resolve_backend(name, self.last_layer.device, self.last_layer.dtype)
+        self._resolve(name)
         self._backend = name
+
+    def _resolve(self, backend: str) -> str:
+        weight = self.last_layer
+        suited = sum(
+            conv.weight.nbytes for conv in self.modules() if isinstance(conv, nn.Conv2d | nn.Conv3d) and self._winograd.takes(conv)
+        )
+        return resolve_backend(backend, weight.device, weight.dtype, suited)
+
+    def set_precision(self, *, encode: torch.dtype | None = None, decode: torch.dtype | None = None) -> Self:
+        """Compute either half in another type; norms stay in fp32. On a GPU `from_pretrained` sets fp32 and bf16.
+
+        Latents from bf16 shift what is generated from them, pictures from bf16 look the same and take three quarters of the time.
+        """
+        for dtype, modules in ((encode, (self.encoder, self.quant_conv)), (decode, (self.decoder, self.post_quant_conv))):
+            if dtype is not None:
+                for module in modules:
+                    module.to(dtype)
+        return self
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], *, dtype: Any = None, device: Any = None) -> Self:
+        """Load a folder, a file or a Hub id in any layout this package reads.
+
+        dtype None is fp32, and bf16 for decoding on a GPU; device None is the CPU.
+        """
+        vae = super().from_pretrained(source, dtype=dtype or torch.float32, device=device)
+        if dtype is None and vae.last_layer.device.type != "cpu":
+            vae.set_precision(decode=torch.bfloat16)
+        if vae.last_layer.device.type == "cuda":
+            vae.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        return vae
 
     def encode_session(self, *, shard: Shard | None = None) -> EncodeSession:
         """A stream of frames to latents; its `push` takes the next chunk."""
@@ -146,7 +108,11 @@ class WanVAE(Pretrained):
         """What computes the convolutions of "encoder" or "decoder"; transformed filters of the other half make room."""
         other = self.decoder if half == "encoder" else self.encoder
         self._winograd.drop(other.modules())
-        return Convolution(self.backend, self._winograd)
+        return self._convolution()
+
+    def _convolution(self) -> Convolution:
+        backend = self.backend
+        return Convolution(backend, self._winograd if backend == "winograd" else None)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -184,7 +150,7 @@ class WanVAE(Pretrained):
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents, before normalisation; differentiable."""
         self.check_video(video)
-        return self.encode_step(video, StreamState(carry=False, convolution=Convolution(self.backend, self._winograd)))
+        return self.encode_step(video, StreamState(carry=False, convolution=self._convolution()))
 
     def reconstruct(self, video: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`(video, mean, logvar)`: the reconstruction, unclamped, and the moments; differentiable.
@@ -196,7 +162,7 @@ class WanVAE(Pretrained):
         if self.training or generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else mean.device)
             latents = mean + noise.to(mean) * torch.exp(0.5 * logvar.clamp(-30, 20))
-        state = StreamState(carry=False, convolution=Convolution(self.backend, self._winograd))
+        state = StreamState(carry=False, convolution=self._convolution())
         return self.decode_step(latents, state), mean, logvar
 
     @torch.no_grad()
@@ -257,6 +223,7 @@ class WanVAE(Pretrained):
     def encode_step(self, video: Tensor, state: StreamState) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of a chunk, before normalisation; unchecked, the core of `EncodeSession.push`."""
         p = self.config.patch_size
+        video = video.to(self.quant_conv.weight.dtype)
         patches = rearrange(video, "b c t (h q) (w r) -> b (c r q) t h w", q=p, r=p)
         mean, logvar = self.quant_conv(self.encoder(patches, state), state).chunk(2, dim=1)
         return mean, logvar
@@ -264,6 +231,7 @@ class WanVAE(Pretrained):
     def decode_step(self, latents: Tensor, state: StreamState) -> Tensor:
         """The frames of a chunk of latents that are not normalised; unchecked and unclamped, the core of `DecodeSession.push`."""
         p = self.config.patch_size
+        latents = latents.to(self.post_quant_conv.weight.dtype)
         patches = self.decoder(self.post_quant_conv(latents, state), state)
         return rearrange(patches, "b (c r q) t h w -> b c t (h q) (w r)", q=p, r=p)
 

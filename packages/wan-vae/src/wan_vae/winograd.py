@@ -21,7 +21,7 @@ from torch import Tensor, nn
 TILE = 4
 BAND = 200  # tiles at a time: what a transform writes is still in the cache when it is multiplied
 BUDGET = 1_000_000_000  # bytes of transformed filters kept at once
-MIN_CHANNELS = 16  # with fewer, the transforms cost more than the products save
+MIN_CHANNELS = 64  # with fewer, the transforms cost more than the products save
 
 SPACE = torch.tensor(
     [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
