@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,55 @@ DIT = DiTConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=6, text_dim=512)
 GRID = (3, 20, 20)  # latents; 300 tokens
 
 
-def run(name: str, ours: Callable[[], torch.Tensor], theirs: Callable[[], torch.Tensor], pairs: int) -> Comparison:
-    return compare(name, ours, theirs, pairs, difference=difference(ours(), theirs()))
+def run(name: str, ours: Callable[[], torch.Tensor], theirs: Callable[[], torch.Tensor], pairs: int, *, warm: bool = True) -> Comparison:
+    """Compare times and results; without `warm` the runs that are timed are the only ones."""
+    if warm:
+        return compare(name, ours, theirs, pairs, difference=difference(ours(), theirs()))
+    results: dict[str, torch.Tensor] = {}
+    timed = compare(name, lambda: results.update(ours=ours()), lambda: results.update(theirs=theirs()), pairs, warm=False)
+    return replace(timed, difference=difference(results["ours"], results["theirs"]))
 
 
 def vae() -> Iterator[Comparison]:
+    generator = torch.Generator().manual_seed(1)
+    ours, theirs = vae_pair(WAN21)
+
+    def rows(name: str, frames: int, height: int, width: int, pairs: int, *, warm: bool = True) -> Iterator[Comparison]:
+        video = torch.rand(1, 3, frames, height, width, generator=generator) * 2 - 1
+        latents = torch.randn(1, 16, 1 + (frames - 1) // 4, height // 8, width // 8, generator=generator)
+        yield run(f"encode {name}", partial(ours.encode, video), partial(reference_latents, theirs, video), pairs, warm=warm)
+        yield run(f"decode {name}", partial(ours.decode, latents), partial(reference_video, theirs, latents), pairs, warm=warm)
+
+    yield from rows("9 x 96 x 160", 9, 96, 160, 5)
+    yield from rows("one frame, 128 x 192", 1, 128, 192, 5)
+    picture = torch.rand(1, 3, 1, 64, 96, generator=generator) * 2 - 1
+    clip = torch.cat([picture, torch.zeros(1, 3, 32, 64, 96)], 2)
+    yield run(
+        "encode I2V conditioning, a picture and 32 zero frames, 64 x 96",
+        partial(ours.encode, clip),
+        partial(reference_latents, theirs, clip),
+        3,
+    )
+    yield from rows("17 x 240 x 416, once", 17, 240, 416, 1, warm=False)
+
+
+def still() -> Iterator[Comparison]:
+    """The shortcut for streams that stand still, against ours without it."""
+    ours, _ = vae_pair(WAN21, reference=False)
+    picture = torch.rand(1, 3, 1, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    chunks = torch.cat([picture, torch.zeros(1, 3, 80, 64, 96)], 2).split([1, *[4] * 20], 2)
+
+    def encode(watched: bool) -> torch.Tensor:
+        session = ours.encode_session()
+        if not watched:
+            session.state.watch = lambda chunk: None
+        return torch.cat([session.push(chunk) for chunk in chunks], 2)
+
+    yield run("encode a picture and 80 zero frames, 64 x 96", partial(encode, True), partial(encode, False), 3)
+
+
+def widths() -> Iterator[Comparison]:
+    """Models of other widths, which the Winograd algorithm does not suit, by the direct backend."""
     video = torch.rand(1, 3, FRAMES, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1)) * 2 - 1
     for name, config in (("Wan2.1", VAE21), ("Wan2.2", VAE22)):
         ours, theirs = vae_pair(config)
@@ -106,8 +151,23 @@ def listing() -> Iterator[Comparison]:
     yield fresh("from wan_dit.cli import main; main(['plugins'])", "import torch", 9)
 
 
+def memory() -> str:
+    """The most resident memory of whole processes that decode or encode once, Python and libraries included."""
+    rows = []
+    for what in ("encode", "decode"):
+        peaks = {}
+        for who in ("winograd", "direct", "diffusers"):
+            command = [sys.executable, str(Path(__file__).with_name("peak.py")), what, who]
+            peaks[who] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1e9
+        rows.append([f"{what} 9 x 96 x 160", *(f"{peak:.2f} GB" for peak in peaks.values())])
+    columns = ["what", "ours, winograd", "ours, direct", "diffusers"]
+    return f"## Peak memory of the video VAE\n\nWan2.1 at full width in fp32, a process each, one run.\n\n{table(columns, rows)}"
+
+
 SECTIONS = (
-    ("Video VAE", "against diffusers' AutoencoderKLWan; normalised latents in and out", vae),
+    ("Video VAE", "Wan2.1 at full width against diffusers' AutoencoderKLWan; normalised latents in and out", vae),
+    ("A clip that stands still", "Wan2.1 at full width, ours with the shortcut against ours without it, equal to the bit", still),
+    ("Video VAE, other widths", "against diffusers' AutoencoderKLWan; normalised latents in and out", widths),
     ("Text encoder", f"against transformers' UMT5EncoderModel; width {UMT5.dim}, {UMT5.num_layers} layers, one prompt", text),
     ("Backbone", f"against diffusers' WanTransformer3DModel; width {DIT.dim}, {DIT.num_layers} layers, 300 tokens, one sample", backbone),
     ("Imports", "in fresh processes, Python's own start included", imports),
@@ -125,6 +185,7 @@ def main(target: Path) -> None:
                 rows.append(comparison.row())
                 sys.stderr.write(f"{title}: {' | '.join(rows[-1])}\n")
             parts.append(f"## {title}\n\n{what[0].upper()}{what[1:]}.\n\n{table(COLUMNS, rows)}")
+        parts.append(memory())
     target.write_text("\n".join(parts))
 
 

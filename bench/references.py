@@ -31,12 +31,14 @@ def copy_weights(ours: nn.Module, theirs: M, names: Mapping[str, str], tied: Map
     return theirs.eval()
 
 
-def vae_pair(config: VAEConfig, seed: int = 0) -> tuple[WanVAE, Any]:
-    """Ours and diffusers' AutoencoderKLWan."""
+def vae_pair(config: VAEConfig, seed: int = 0, *, reference: bool = True) -> tuple[WanVAE, Any]:
+    """Ours and diffusers' AutoencoderKLWan, or None without `reference`."""
     from diffusers import AutoencoderKLWan
 
     ours = WanVAE(config).eval()
     randomise(ours, seed)
+    if not reference:
+        return ours, None
     return ours, copy_weights(ours, AutoencoderKLWan.from_config(diffusers_config(config)), diffusers_names(config))
 
 

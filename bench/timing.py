@@ -47,9 +47,11 @@ def compare(
     *,
     difference: float | None = None,
     clock: Callable[[], float] = time.process_time,
+    warm: bool = True,
 ) -> Comparison:
-    """Run both once to warm up, then `pairs` times in alternating order."""
-    ours(), theirs()
+    """Run both once to warm up (unless not `warm`), then `pairs` times in alternating order."""
+    if warm:
+        ours(), theirs()
     seconds: dict[int, list[float]] = {0: [], 1: []}
     for index in range(pairs):
         for side in (0, 1) if index % 2 == 0 else (1, 0):

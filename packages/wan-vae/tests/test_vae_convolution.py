@@ -164,5 +164,5 @@ def test_the_core_of_a_step_compiles_without_a_break() -> None:
         chunk = latents[:, :, t : t + 1]
         expected, after = step(chunk, history, t > 0)
         got, history = compiled(chunk, history, t > 0)
-        assert torch.equal(got, expected)
-        assert all(torch.equal(history[key], after[key]) for key in after)
+        assert difference(got, expected) <= TOLERANCE
+        assert all(difference(history[key], after[key]) <= TOLERANCE for key in after)

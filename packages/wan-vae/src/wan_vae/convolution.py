@@ -117,4 +117,6 @@ def _sum_of_2d(x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None, padding: tu
 
 
 def _plain(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    """Whether oneDNN may be called by its name: in fp32 on a CPU, and eagerly."""
+    eager = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return eager and x.is_cpu and x.dtype == torch.float32
