@@ -1,0 +1,290 @@
+"""A VAE over tiles of the picture, for pictures that do not fit into memory whole.
+
+exact: convolutions run on tiles with as much of their surroundings as they can see, and what attends to the whole frame
+runs untiled on the small grid of the latents; the result is that of the whole picture.
+blend: the whole VAE on overlapping tiles, blended smoothly; less work and approximate, since no tile sees the others.
+
+Shapes: B batch, C channels, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product, tee
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .model import WanVAE
+from .plugins import VAESpec
+from .stream import StreamState
+from .tiles import Half, Span, blending_weights, kept_apart, overlapping, reach
+
+Place = tuple[Span, Span]
+MODES = ("exact", "blend")
+
+
+class TiledVAE:
+    """A VAE that works on tiles, to be used like the one it wraps.
+
+    tile: height and width in pixels, multiples of the strides: in "exact" mode what a tile keeps (it computes the
+    surroundings too, see `tiles.reach`), in "blend" mode all that it computes
+    mode: "exact" for a `WanVAE`, "blend" for any
+    overlap: pixels that blended tiles share at least; a quarter of the tile's smaller side by default
+    Streams keep one history a tile; on CUDA those of tiles not at work wait in the host's memory.
+    ValueError for tiles that do not divide or overlap by more than half.
+
+    Example: `TiledVAE(load_vae("wan2.1"), (256, 256)).decode(latents)`
+    """
+
+    def __init__(
+        self, vae: Any, tile: tuple[int, int], mode: Literal["exact", "blend"] | str = "exact", overlap: int | None = None
+    ) -> None:
+        self.vae, self.mode = vae, mode
+        _, *strides = vae.spec.stride
+        if mode not in MODES:
+            raise ValueError(f"unknown tile mode '{mode}', expected one of {', '.join(MODES)}")
+        if mode == "exact" and not isinstance(vae, WanVAE):
+            raise ValueError(f"'{vae.spec.name}' cannot be tiled exactly, which takes a WanVAE: use the mode 'blend'")
+        for name, size, stride in zip(("height", "width"), tile, strides, strict=True):
+            if size < stride or size % stride:
+                raise ValueError(f"the tile's {name} is {size}, expected a multiple of {stride}, such as {-(-max(size, 1) // stride) * stride}")
+        self.cells = tile[0] // strides[0], tile[1] // strides[1]
+        overlap = min(tile) // 4 if overlap is None else overlap
+        self.shared = tuple(-(-overlap // stride) for stride in strides)
+        if mode == "blend" and not all(0 <= 2 * shared <= side for shared, side in zip(self.shared, self.cells, strict=True)):
+            raise ValueError(f"tiles of {tile[0]}x{tile[1]} pixels cannot overlap by {overlap}: expected 0 to {min(tile) // 2}")
+
+    @property
+    def spec(self) -> VAESpec:
+        return self.vae.spec  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever tiles do not change, such as `fingerprint`, `parameters` and `backend`, is the wrapped VAE's."""
+        if name in ("vae", "__setstate__", "moments", "reconstruct"):
+            raise AttributeError(f"a tiled VAE has no '{name}'")
+        return getattr(self.vae, name)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Video `[B, 3, T, H, W]` to normalised latents."""
+        self._check_video(video)
+        time = self.spec.stride[0]
+        return torch.cat(list(self.encode_stream(video.split([1, *[time] * (video.shape[2] // time)], dim=2))), dim=2)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Normalised latents to video, clamped to [-1, 1]. No noise is drawn: `generator` is not used."""
+        if isinstance(self.vae, WanVAE):
+            self.vae.check_latents(latents)
+        return torch.cat(list(self.decode_stream(latents.split(1, dim=2))), dim=2)
+
+    def encode_stream(self, chunks: Iterable[Tensor], with_logvar: bool = False) -> Iterator[Any]:
+        """Chunks of frames to chunks of latents, as the wrapped VAE's; `with_logvar`: pairs of them and their log-variance.
+
+        ValueError for log-variance in "blend" mode.
+        """
+        if self.mode == "exact":
+            session = self.encode_session()
+            return (session.push(chunk, moments=with_logvar) for chunk in chunks)
+        if with_logvar:
+            raise ValueError("blended tiles give no log-variance: use the tile mode 'exact'")
+        return self._blended(chunks, "encoder")
+
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Chunks of latents to chunks of frames, as the wrapped VAE's."""
+        if self.mode == "exact":
+            session = self.decode_session()
+            return (session.push(chunk) for chunk in chunks)
+        return self._blended(chunks, "decoder")
+
+    def encode_session(self) -> TiledEncodeSession:
+        """A stream of frames to latents in exact tiles; ValueError in "blend" mode."""
+        self._exact_only()
+        return TiledEncodeSession(self.vae, self.cells)
+
+    def decode_session(self) -> TiledDecodeSession:
+        """A stream of latents to frames in exact tiles; ValueError in "blend" mode."""
+        self._exact_only()
+        return TiledDecodeSession(self.vae, self.cells)
+
+    def _exact_only(self) -> None:
+        if self.mode != "exact":
+            raise ValueError("blended tiles have no sessions: use encode_stream and decode_stream, or the tile mode 'exact'")
+
+    def _check_video(self, video: Tensor) -> None:
+        if isinstance(self.vae, WanVAE):
+            self.vae.check_video(video)
+        elif (video.shape[2] - 1) % self.spec.stride[0]:
+            raise ValueError(f"video has {video.shape[2]} frames, expected 1 + {self.spec.stride[0]}k")
+
+    @torch.no_grad()
+    def _blended(self, chunks: Iterable[Tensor], half: Half) -> Iterator[Tensor]:
+        _, height, width = self.spec.stride
+        into, out = ((height, width), (1, 1)) if half == "encoder" else ((1, 1), (height, width))
+        chunks = iter(chunks)
+        first = next(chunks, None)
+        if first is None:
+            return
+        if half == "encoder" and (first.shape[-2] % height or first.shape[-1] % width):
+            raise ValueError(f"video is {first.shape[-2]}x{first.shape[-1]}, expected multiples of {height}x{width}")
+        grid = first.shape[-2] // into[0], first.shape[-1] // into[1]
+        axes = [overlapping(*sizes) for sizes in zip(grid, self.cells, self.shared, strict=True)]
+        masks = [blending_weights(spans, scale) for spans, scale in zip(axes, out, strict=True)]
+        copies = tee(_chained(first, chunks), len(axes[0]) * len(axes[1]))
+        places = list(product(*axes))
+        streams = [self._stream(half, _cut(copy, place, into), len(places) > 1) for copy, place in zip(copies, places, strict=True)]
+        weights = [rows[:, None] * columns for rows, columns in product(*masks)]
+        del first, copies
+        while (part := next(streams[0], None)) is not None:
+            shape = (*part.shape[:3], grid[0] * out[0], grid[1] * out[1])
+            blended = part.new_zeros(shape, dtype=torch.promote_types(part.dtype, torch.float32))
+            for i, (place, weight) in enumerate(zip(places, weights, strict=True)):
+                part = next(streams[i]) if i else part
+                _view(blended, place, out).add_(part * weight.to(part.device, blended.dtype))
+            yield blended.to(part.dtype)
+
+    def _stream(self, half: Half, chunks: Iterator[Tensor], several: bool) -> Iterator[Tensor]:
+        """The wrapped VAE over one tile, its history parked between chunks."""
+        if not isinstance(self.vae, WanVAE):
+            yield from self.vae.encode_stream(chunks) if half == "encoder" else self.vae.decode_stream(chunks)
+            return
+        session: Any = self.vae.encode_session() if half == "encoder" else self.vae.decode_session()
+        for chunk in chunks:
+            _move(session.state, chunk.device)
+            made = session.push(chunk)
+            if several:
+                _park(session.state)
+            yield made
+
+
+class TiledSession:
+    """What tiled encoding and decoding share: a state for the deepest part, and one for each tile of the rest."""
+
+    half: Half
+
+    def __init__(self, vae: WanVAE, cells: tuple[int, int]) -> None:
+        self.vae, self.cells = vae, cells
+        self.deep = StreamState(convolution=vae.convolution(self.half))
+        self.tiles: dict[Place, StreamState] = {}
+        self.grid: tuple[int, int] | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether a chunk has passed."""
+        return self.deep.started
+
+    def open(self, grid: tuple[int, int]) -> None:
+        """Lay out the tiles over so many rows and columns; ValueError where the stream had others."""
+        if self.grid not in (None, grid):
+            raise ValueError(f"the stream has pictures of {self.grid} latents, got a chunk of {grid}")
+        if self.grid is None:
+            before, after = reach(self.vae.config, self.half)
+            axes = (kept_apart(size, side, before, after) for size, side in zip(grid, self.cells, strict=True))
+            self.tiles = {place: StreamState(convolution=self.deep.convolution) for place in product(*axes)}
+            self.grid = grid
+
+    def close(self) -> None:
+        """Note that a chunk has passed."""
+        for state in (self.deep, *self.tiles.values()):
+            state.started = True
+
+    def at_work(self, state: StreamState, run: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """Run one tile with its history in place."""
+        _move(state, device)
+        made = run()
+        if len(self.tiles) > 1:
+            _park(state)
+        return made
+
+
+class TiledEncodeSession(TiledSession):
+    """Frames to latents like `EncodeSession`, in tiles."""
+
+    half = "encoder"
+
+    @torch.no_grad()
+    def push(self, video: Tensor, *, moments: bool = False) -> Any:
+        """The latents of a chunk, normalised; with `moments` a pair of them and their log-variance."""
+        vae, (_, height, width) = self.vae, self.vae.config.stride
+        vae.check_video(video, started=self.started)
+        self.open((video.shape[3] // height, video.shape[4] // width))
+        p, features = vae.config.patch_size, None
+        for (rows, columns), state in self.tiles.items():
+            seen = video[..., rows.low * height : rows.high * height, columns.low * width : columns.high * width]
+            patches = rearrange(seen, "b c t (h q) (w r) -> b (c r q) t h w", q=p, r=p)
+            part = _kept(self.at_work(state, lambda x=patches, s=state: vae.encoder.trunk(x, s), video.device), (rows, columns))  # type: ignore[misc]
+            if features is None:
+                features = part.new_empty(*part.shape[:3], *self._sizes())
+            _view(features, (rows, columns))[:] = part
+        assert features is not None
+        mean, logvar = vae.quant_conv(vae.encoder.bottom(features, self.deep), self.deep).chunk(2, dim=1)
+        self.close()
+        latents = vae.normalise(mean)
+        return (latents, logvar) if moments else latents
+
+    def _sizes(self) -> tuple[int, int]:
+        assert self.grid is not None
+        return self.grid
+
+
+class TiledDecodeSession(TiledSession):
+    """Latents to frames like `DecodeSession`, in tiles."""
+
+    half = "decoder"
+
+    @torch.no_grad()
+    def push(self, latents: Tensor) -> Tensor:
+        """The frames of a chunk, clamped to [-1, 1]."""
+        vae, (_, height, width) = self.vae, self.vae.config.stride
+        vae.check_latents(latents)
+        self.open((latents.shape[3], latents.shape[4]))
+        features = vae.decoder.bottom(vae.post_quant_conv(vae.denormalise(latents), self.deep), self.deep)
+        p, video = vae.config.patch_size, None
+        for (rows, columns), state in self.tiles.items():
+            seen = features[..., rows.low : rows.high, columns.low : columns.high]
+            patches = self.at_work(state, lambda x=seen, s=state: vae.decoder.trunk(x, s), latents.device)  # type: ignore[misc]
+            patches = _kept(patches, (rows, columns), (height // p, width // p))
+            if video is None:
+                sizes = latents.shape[3] * height, latents.shape[4] * width
+                video = patches.new_empty(len(patches), 3, patches.shape[2], *sizes)
+            picture = rearrange(patches, "b (c r q) t h w -> b c t (h q) (w r)", q=p, r=p)
+            _view(video, (rows, columns), (height, width))[:] = picture
+        assert video is not None
+        self.close()
+        return video.clamp_(-1, 1)
+
+
+def _kept(x_BCTHW: Tensor, place: Place, scale: tuple[int, int] = (1, 1)) -> Tensor:
+    """What a tile keeps of what it computed; `scale`: positions to a cell."""
+    (top, bottom), (left, right) = (((s.start - s.low) * n, (s.stop - s.low) * n) for s, n in zip(place, scale, strict=True))
+    return x_BCTHW[..., top:bottom, left:right]
+
+
+def _view(x_BCTHW: Tensor, place: Place, scale: tuple[int, int] = (1, 1)) -> Tensor:
+    """The part of the whole that a tile keeps."""
+    (top, bottom), (left, right) = ((s.start * n, s.stop * n) for s, n in zip(place, scale, strict=True))
+    return x_BCTHW[..., top:bottom, left:right]
+
+
+def _cut(chunks: Iterable[Tensor], place: Place, scale: tuple[int, int]) -> Iterator[Tensor]:
+    return (_view(chunk, place, scale) for chunk in chunks)
+
+
+def _chained(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
+    yield first
+    del first
+    yield from rest
+
+
+def _move(state: StreamState, device: torch.device) -> None:
+    state.history = {slot: value.to(device) for slot, value in state.history.items()}
+
+
+def _park(state: StreamState) -> None:
+    """To the host: the histories of many tiles are larger than what a GPU should hold."""
+    _move(state, torch.device("cpu"))
+    state.last, state.held = None, False  # stillness is not looked for: what it keeps would be for every tile
+    state.traces.clear()
