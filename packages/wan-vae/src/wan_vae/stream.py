@@ -75,7 +75,12 @@ class StreamState:
         return x_BCTHW if past is None else torch.cat([past, x_BCTHW], dim=2)
 
     def watch(self, chunk: Tensor) -> None:
-        """Note whether `chunk` repeats the last one to the bit, as the tail of a still image or of padding does."""
+        """Note whether `chunk` repeats the last one to the bit, as the tail of a still image or of padding does.
+
+        Not where a picture is shared: a process that leaves a block out would leave the neighbours waiting for its rows.
+        """
+        if self.shard is not None:
+            return
         self.held = self.started and self.last is not None and self.last.shape == chunk.shape and torch.equal(self.last, chunk)
         self.last = chunk
         if not self.held:
