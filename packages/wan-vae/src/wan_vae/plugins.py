@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ._shared.discover import PluginManager as PluginManager
@@ -24,11 +24,13 @@ class VAESpec(ModelSpec):
     latent_space: tag of the space; parts with one tag are interchangeable (`"wan2.1"`, `"wan2.2"`, `"tiny-1"`)
     latent_channels: channels of a latent
     stride: pixels per latent in (time, height, width); T frames become 1 + (T - 1) / stride[0] latent frames
+    parameters: how many it has, None where that is not known; no part of what it is
     """
 
     latent_space: str
     latent_channels: int
     stride: tuple[int, int, int]
+    parameters: int | None = field(default=None, kw_only=True, compare=False)
 
 
 class Hooks:
