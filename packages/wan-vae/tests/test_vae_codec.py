@@ -317,3 +317,16 @@ def test_killed_process_leaves_no_file_under_the_final_name(film: Film, tmp_path
     assert process.returncode == (-signal.SIGKILL if end == signal.SIGKILL else 130)
     assert not final.exists()
     assert end == signal.SIGKILL or not list(folder.iterdir())
+
+
+def test_a_codec_of_two_types_says_both(film: Callable[..., Path], tmp_path: Path) -> None:
+    """As on a GPU: encode in fp32, decode in bf16; its weights cannot be told from those of a file made in fp32."""
+    vae = load_vae("tiny")
+    VideoCodec(vae).encode_file(film(5, 16, 16), tmp_path / "film.safetensors")
+    assert LatentFile.open(tmp_path / "film.safetensors").info.backend == "direct"
+    mixed = VideoCodec(vae.set_precision(decode=torch.bfloat16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mixed.decode_file(tmp_path / "film.safetensors", tmp_path / "back.mp4")
+    mixed.encode_file(tmp_path / "back.mp4", tmp_path / "again.safetensors")
+    assert LatentFile.open(tmp_path / "again.safetensors").info.weights_dtype == "bfloat16+float32"

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from wan_vae import convolution
+from wan_vae.commands.common import BACKENDS
 from wan_vae.config import TINY
 from wan_vae.convolution import Convolution, resolve_backend
 from wan_vae.layers import CausalConv
@@ -166,3 +167,7 @@ def test_the_core_of_a_step_compiles_without_a_break() -> None:
         got, history = compiled(chunk, history, t > 0)
         assert difference(got, expected) <= TOLERANCE
         assert all(difference(history[key], after[key]) <= TOLERANCE for key in after)
+
+
+def test_the_commands_know_every_backend() -> None:
+    assert BACKENDS == convolution.BACKENDS

@@ -208,8 +208,9 @@ class VideoCodec:
         return str(self.vae.fingerprint()) if hasattr(self.vae, "fingerprint") else ""
 
     def _dtype(self) -> str:
-        parameter = self._parameter()
-        return "" if parameter is None else str(parameter.dtype).removeprefix("torch.")
+        """The type of the weights; all of them where the halves differ, as they do by default on a GPU."""
+        parameters = self.vae.parameters() if hasattr(self.vae, "parameters") else ()
+        return "+".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}))
 
     def _parameter(self) -> Tensor | None:
         return next(iter(self.vae.parameters()), None) if hasattr(self.vae, "parameters") else None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..codec import Progress
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+BACKENDS = ("auto", "direct", "winograd", "conv2d")  # as in convolution.py, which imports torch
 CODEC_HELP = "name, file, folder, Hub id or module:attr of a VAE"
 
 
@@ -33,8 +34,9 @@ def command(commands: Any, name: str, run_it: Any, text: str, example: str, *, l
 
 def add_running(parser: argparse.ArgumentParser) -> None:
     """The options of every command that runs a VAE over frames."""
-    parser.add_argument("--dtype", choices=DTYPES, help="type to compute in (default: fp32; to decode on a GPU the checkpoint's own)")
+    parser.add_argument("--dtype", choices=DTYPES, help="type to compute in (default: fp32; bf16 to decode on a GPU)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--backend", choices=BACKENDS, help="how convolutions are computed (default: auto, the fastest that has room)")
     parser.add_argument("--chunk", type=whole_number(1), default=1, help="latent frames at a time, more take more memory (default: 1)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
     parser.add_argument("--progress", action="store_true", help="show progress where stderr is no terminal, too")
@@ -54,13 +56,18 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def load(spec: VAESpec, args: argparse.Namespace, default_dtype: torch.dtype | None = None) -> Any:
-    """The VAE that the options `--dtype` and `--device` ask for."""
+    """The VAE that the options `--dtype`, `--device` and `--backend` ask for."""
     import torch
 
     from .._shared.weights import best_device, usable_device
 
     device = usable_device(args.device or best_device())
-    return spec.load(dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else default_dtype, device=device)
+    vae = spec.load(dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else default_dtype, device=device)
+    if getattr(args, "backend", None):
+        if not hasattr(vae, "backend"):
+            raise ValueError(f"'{spec.name}' has no choice of convolution backends: leave out --backend {args.backend}")
+        vae.backend = args.backend
+    return vae
 
 
 def output_path(args: argparse.Namespace, source: Path, suffix: str) -> Path:
