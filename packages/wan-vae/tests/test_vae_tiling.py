@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -109,12 +110,13 @@ def test_in_single_precision_and_by_winograd_the_tiles_stay_close() -> None:
 def test_exact_tiles_give_the_log_variance_too() -> None:
     vae = VAES["wan2.1"]
     video = clip(vae, 6, 4)
-    pairs = list(tiled(vae, 3, 2).encode_stream([video[:, :, :1], video[:, :, 1:]], with_logvar=True))
+    session = tiled(vae, 3, 2).encode_session()
+    pairs = [session.push(chunk, moments=True) for chunk in (video[:, :, :1], video[:, :, 1:])]
     mean, logvar = vae.moments(video)
     assert difference(torch.cat([pair[0] for pair in pairs], 2), mean) < 1e-10
     assert difference(torch.cat([pair[1] for pair in pairs], 2), logvar) < 1e-10
     with pytest.raises(ValueError, match="log-variance"):
-        tiled(vae, 3, 2, "blend").encode_stream([video], with_logvar=True)
+        tiled(vae, 3, 2, "blend").encode_session()
 
 
 @given(st.integers(1, 60), st.integers(2, 30), st.data())
@@ -124,7 +126,7 @@ def test_tiles_cover_the_picture_and_none_is_superfluous(cells: int, tile: int, 
     assert spans[0].start == 0
     assert spans[-1].stop == cells
     assert all(span.stop - span.start == min(tile, cells) for span in spans)
-    assert all(b.start <= a.stop - overlap for a, b in zip(spans, spans[1:], strict=False))
+    assert all(b.start <= a.stop - overlap for a, b in pairwise(spans))
     assert (len(spans) - 2) * (tile - overlap) + tile < cells or len(spans) == 1, "one tile fewer would do"
     total = torch.zeros(3 * cells, dtype=torch.float64)
     for span, weights in zip(spans, blending_weights(spans, 3), strict=True):

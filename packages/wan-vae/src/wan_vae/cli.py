@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from . import __version__
 from ._shared.cli import Parser, run
-from .commands import coding, evaluating, listing
+from .commands import coding, converting, evaluating, listing, planning
 
-COMMANDS = (coding, evaluating, listing)
+COMMANDS = (coding, converting, evaluating, listing, planning)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -83,7 +83,7 @@ class CountedConvolution(Convolution):
     filters: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, layer: nn.Conv2d | nn.Conv3d, x_BCTHW: Tensor, past_BCTHW: Tensor | None, rows: int) -> Tensor:
-        if self.backend == "winograd" and self.winograd.takes(layer):
+        if self.backend == "winograd" and self.winograd is not None and self.winograd.takes(layer):
             return self._transformed(layer, x_BCTHW, past_BCTHW)
         made = super().__call__(layer, x_BCTHW, past_BCTHW, rows)
         if self.cpu and layer.kernel_size[-1] > 1:  # oneDNN works on copies of its own layout
@@ -97,7 +97,8 @@ class CountedConvolution(Convolution):
         joined = frames + (2 if layer.weight.ndim == 5 and frames > 1 else 0)
         taps = 1 if layer.weight.ndim == 4 else 4 if frames % 2 == 0 else 3
         size = 4 * taps * PRODUCTS * layer.in_channels * layer.out_channels
-        self.filters[layer.slot] = max(size, self.filters.get(layer.slot, 0))  # type: ignore[index]
+        slot: str = layer.slot  # type: ignore[assignment]
+        self.filters[slot] = max(size, self.filters.get(slot, 0))
         h, w = -(-height // TILE), -(-width // TILE)
         past = None if past_BCTHW is None else past_BCTHW.permute(2, 3, 4, 1, 0).contiguous()
         copy, padded = (x_BCTHW.new_empty(n, TILE * h + 2, TILE * w + 2, layer.in_channels) for n in (frames, joined))
@@ -170,7 +171,7 @@ def footprint(
 
 
 def count(
-    config: VAEConfig, step: Step, shapes: Iterable[tuple[int, ...]], *, dtype: torch.dtype, backend: str = "direct", cpu: bool = True
+    config: VAEConfig, step: Step, shapes: Sequence[tuple[int, ...]], *, dtype: torch.dtype, backend: str = "direct", cpu: bool = True
 ) -> Footprint:
     """Of `step` over a stream of chunks of these shapes."""
     vae = meta_model(config, dtype)
@@ -184,7 +185,7 @@ def count(
             state.started = True
             history = sum(value.nbytes for value in state.history.values())
             work = max(work, meter.peak - history)
-        still = _traces(vae, step, chunk, state)
+        still = _traces(vae, step, chunk, state) if len(shapes) > 1 else 0
     weights = sum(parameter.nbytes for parameter in vae.parameters())
     return Footprint(weights, min(BUDGET, sum(convolution.filters.values())), history, work, still)
 
@@ -200,6 +201,6 @@ def _traces(vae: WanVAE, step: Step, chunk: Tensor, state: StreamState) -> int:
         return made
 
     alive: list[Tensor] = []
-    state.run = run  # type: ignore[method-assign]
+    state.run = run  # type: ignore[method-assign, assignment]
     step(vae, chunk, state)
     return sum(kept.values())

@@ -5,7 +5,7 @@ Streams take the same memory however long the film is, so its length counts only
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from .tiles import Half, Span, kept_apart, overlapping, reach
 Mode = Literal["whole", "exact", "blend"]
 COSTLY = 3.0  # from this share of recomputed pixels on, blended tiles are taken where exact ones cost more
 LEAST = {"exact": 4, "blend": 16}  # cells a side of the smallest tile
+CPU = torch.device("cpu")
 PROBE = (16, 16)  # cells of the tile from which larger and smaller ones are estimated: memory grows with the area
 
 
@@ -68,7 +69,7 @@ class Setting:
     half: Half
     size: tuple[int, int]
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     chunk: int = 1
     frames: int | None = None
     backend: str = "auto"
@@ -92,22 +93,26 @@ class Setting:
         return (1,) if self.frames == 1 else (1, self.chunk, self.chunk)
 
 
-def make_plan(setting: Setting) -> Plan:
-    """Whole where that fits; else the largest exact tiles that fit; blended ones where those would recompute `COSTLY` and more."""
+def make_plan(setting: Setting, mode: Mode | None = None) -> Plan:
+    """Whole where that fits; else the largest exact tiles that fit; blended ones where those would recompute `COSTLY` and more.
+
+    mode: consider this one alone. Where nothing fits, the plan with the least memory.
+    """
     if min(setting.size) < 1:
         raise ValueError(f"a picture of {setting.size[0]}x{setting.size[1]} pixels has no content")
-    budget = free_budget(setting.device) if setting.memory is None else setting.memory
-    setting = replace(setting, memory=budget)
-    whole = _whole(setting)
-    if whole.fits:
-        return whole
-    exact = _first(_exact(setting, tile) for tile in _smaller(setting.cells, LEAST["exact"]))
-    if exact is not None and exact.fits and exact.overhead < COSTLY:
-        return exact
-    blend = _first(_blend(setting, tile) for tile in _smaller(setting.cells, LEAST["blend"]))
-    if blend is not None and blend.fits:
-        return blend
-    return min((plan for plan in (whole, exact, blend) if plan is not None), key=lambda plan: (not plan.fits, plan.memory))
+    setting = replace(setting, memory=free_budget(setting.device) if setting.memory is None else setting.memory)
+    plans = []
+    if mode in (None, "whole"):
+        plans.append(_whole(setting))
+    if mode in (None, "exact") and not (plans and plans[0].fits):
+        plans += _until_it_fits(_exact(setting, tile) for tile in _smaller(setting.cells, LEAST["exact"]))
+    fitting = [plan for plan in plans if plan.fits]
+    if mode == "blend" or (mode is None and not (fitting and fitting[0].overhead < COSTLY)):
+        plans += _until_it_fits(_blend(setting, tile) for tile in _smaller(setting.cells, LEAST["blend"]))
+    fitting = [plan for plan in plans if plan.fits]
+    if fitting:
+        return min(fitting, key=lambda plan: plan.overhead)
+    return min(plans or [_whole(setting)], key=lambda plan: plan.memory)
 
 
 def free_budget(device: torch.device) -> int:
@@ -123,18 +128,19 @@ def config_of(spec: VAESpec) -> VAEConfig:
         return PRESETS[spec.name]
     config = getattr(spec.load(), "config", None)
     if not isinstance(config, VAEConfig):
-        raise ValueError(f"the memory of '{spec.name}' cannot be predicted: it is none of the Wan VAEs ({', '.join(PRESETS)} and their like)")
+        known = f"{', '.join(PRESETS)} and their like"
+        raise ValueError(f"the memory of '{spec.name}' cannot be predicted: it is none of the Wan VAEs ({known})")
     return config
 
 
-def _first(plans: Iterator[Plan]) -> Plan | None:
-    """The first plan that fits, or the smallest."""
+def _until_it_fits(plans: Iterable[Plan]) -> list[Plan]:
+    """The plans up to the first that fits."""
     seen = []
     for plan in plans:
         seen.append(plan)
         if plan.fits:
-            return plan
-    return min(seen, key=lambda plan: plan.memory, default=None)
+            break
+    return seen
 
 
 def _smaller(cells: tuple[int, int], least: int) -> Iterator[tuple[int, int]]:
@@ -195,7 +201,15 @@ def _blend(setting: Setting, tile: tuple[int, int]) -> Plan:
 
 
 def _plan(
-    setting: Setting, mode: Mode, tile: tuple[int, int], tiles: int, overhead: float, parts: Footprint, *, still: bool = False, overlap: int = 0
+    setting: Setting,
+    mode: Mode,
+    tile: tuple[int, int],
+    tiles: int,
+    overhead: float,
+    parts: Footprint,
+    *,
+    still: bool = False,
+    overlap: int = 0,
 ) -> Plan:
     _, height, width = setting.config.stride
     memory = parts.predicted(setting.costs["cpu"], still and setting.frames != 1)

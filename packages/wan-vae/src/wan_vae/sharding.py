@@ -45,7 +45,8 @@ class RowShard:
         """
         scale = self._scale(x_BCTHW)
         if min(self.rows) * scale < max(above, below):
-            raise ValueError(f"{min(self.rows) * scale} rows in the shortest part, a neighbour wants {max(above, below)}: use fewer processes")
+            shortest = min(self.rows) * scale
+            raise ValueError(f"{shortest} rows in the shortest part, a neighbour wants {max(above, below)}: use fewer processes")
         batch, channels, frames, height, width = x_BCTHW.shape
         upper, lower = (x_BCTHW.new_zeros(batch, channels, frames, rows, width) for rows in (above, below))
         operations = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -61,7 +62,7 @@ def kept_apart(cells: int, tile: int, before: int, after: int) -> list[Span]:
     """`cells` in the fewest parts of at most `tile`, as equal as can be, each with its surroundings inside the picture."""
     count = -(-cells // tile)
     bounds = [round(i * cells / count) for i in range(count + 1)]
-    return [Span(a, b, max(0, a - before), min(cells, b + after)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [Span(a, b, max(0, a - before), min(cells, b + after)) for a, b in pairwise(bounds)]
 
 
 def overlapping(cells: int, tile: int, overlap: int) -> list[Span]:

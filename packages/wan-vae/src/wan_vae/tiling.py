@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from .model import WanVAE
 from .plugins import VAESpec
@@ -50,7 +50,8 @@ class TiledVAE:
             raise ValueError(f"'{vae.spec.name}' cannot be tiled exactly, which takes a WanVAE: use the mode 'blend'")
         for name, size, stride in zip(("height", "width"), tile, strides, strict=True):
             if size < stride or size % stride:
-                raise ValueError(f"the tile's {name} is {size}, expected a multiple of {stride}, such as {-(-max(size, 1) // stride) * stride}")
+                nearest = -(-max(size, 1) // stride) * stride
+                raise ValueError(f"the tile's {name} is {size}, expected a multiple of {stride}, such as {nearest}")
         self.cells = tile[0] // strides[0], tile[1] // strides[1]
         overlap = min(tile) // 4 if overlap is None else overlap
         self.shared = tuple(-(-overlap // stride) for stride in strides)
@@ -81,16 +82,11 @@ class TiledVAE:
             self.vae.check_latents(latents)
         return torch.cat(list(self.decode_stream(latents.split(1, dim=2))), dim=2)
 
-    def encode_stream(self, chunks: Iterable[Tensor], with_logvar: bool = False) -> Iterator[Any]:
-        """Chunks of frames to chunks of latents, as the wrapped VAE's; `with_logvar`: pairs of them and their log-variance.
-
-        ValueError for log-variance in "blend" mode.
-        """
+    def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Chunks of frames to chunks of latents, as the wrapped VAE's."""
         if self.mode == "exact":
             session = self.encode_session()
-            return (session.push(chunk, moments=with_logvar) for chunk in chunks)
-        if with_logvar:
-            raise ValueError("blended tiles give no log-variance: use the tile mode 'exact'")
+            return (session.push(chunk) for chunk in chunks)
         return self._blended(chunks, "encoder")
 
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -112,7 +108,7 @@ class TiledVAE:
 
     def _exact_only(self) -> None:
         if self.mode != "exact":
-            raise ValueError("blended tiles have no sessions: use encode_stream and decode_stream, or the tile mode 'exact'")
+            raise ValueError("blended tiles give no sessions, and with them no log-variance: use the tile mode 'exact'")
 
     def _check_video(self, video: Tensor) -> None:
         if isinstance(self.vae, WanVAE):
@@ -134,7 +130,7 @@ class TiledVAE:
         axes = [overlapping(*sizes) for sizes in zip(grid, self.cells, self.shared, strict=True)]
         masks = [blending_weights(spans, scale) for spans, scale in zip(axes, out, strict=True)]
         copies = tee(_chained(first, chunks), len(axes[0]) * len(axes[1]))
-        places = list(product(*axes))
+        places = list(product(axes[0], axes[1]))
         streams = [self._stream(half, _cut(copy, place, into), len(places) > 1) for copy, place in zip(copies, places, strict=True)]
         weights = [rows[:, None] * columns for rows, columns in product(*masks)]
         del first, copies
@@ -182,8 +178,8 @@ class TiledSession:
             raise ValueError(f"the stream has pictures of {self.grid} latents, got a chunk of {grid}")
         if self.grid is None:
             before, after = reach(self.vae.config, self.half)
-            axes = (kept_apart(size, side, before, after) for size, side in zip(grid, self.cells, strict=True))
-            self.tiles = {place: StreamState(convolution=self.deep.convolution) for place in product(*axes)}
+            rows, columns = (kept_apart(size, side, before, after) for size, side in zip(grid, self.cells, strict=True))
+            self.tiles = {place: StreamState(convolution=self.deep.convolution) for place in product(rows, columns)}
             self.grid = grid
 
     def close(self) -> None:

@@ -1,0 +1,134 @@
+"""`wan-vae plan`, and the options by which other commands work in tiles."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .._shared.cli import show
+from ..plugins import find_vae
+from .common import CODEC_HELP, DTYPES, command, whole_number
+
+if TYPE_CHECKING:
+    from ..tiles import Half
+
+UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "KI": 1024, "MI": 1024**2, "GI": 1024**3, "TI": 1024**4}
+HALVES: dict[str, Half] = {"encode": "encoder", "decode": "decoder"}
+
+
+def add(commands: Any) -> None:
+    text = "the memory that encoding and decoding will take, and whether in tiles"
+    plan = command(commands, "plan", _plan, text, "wan-vae plan --codec wan2.1 --size 480x832 --memory 8GB", listing=True)
+    plan.add_argument("--codec", default="tiny", help=f"{CODEC_HELP}; of a preset no weights are fetched (default: tiny)")
+    plan.add_argument("--size", type=pixels, required=True, metavar="HxW", help="height and width in pixels")
+    plan.add_argument("--frames", type=whole_number(1), help="length; only 1, a picture, takes less than any other (default: a film)")
+    plan.add_argument("--dtype", choices=DTYPES, default="fp32", help="type to compute in (default: fp32)")
+    plan.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    plan.add_argument("--memory", type=amount, help="keep to so much, such as 8GB or 500MiB (default: what is free on the device)")
+    plan.add_argument("--chunk", type=whole_number(1), default=1, help="latent frames at a time (default: 1)")
+
+
+def add_tiling(parser: argparse.ArgumentParser) -> None:
+    """The options `--tile` and `--tile-mode`."""
+    parser.add_argument(
+        "--tile",
+        type=tile_size,
+        default="auto",
+        metavar="HxW|auto|off",
+        help="work in tiles of so many pixels; auto: only where memory would not do otherwise, or runs out (default: auto)",
+    )
+    parser.add_argument(
+        "--tile-mode",
+        choices=("exact", "blend"),
+        help="exact: the result of the whole picture; blend: less work, approximate (default: exact, where that is possible)",
+    )
+
+
+def tiled(vae: Any, args: argparse.Namespace, size: tuple[int, int], half: Half) -> Any:
+    """`vae` in the tiles that the options ask for, or that a plan for `half` ("encoder" or "decoder") finds necessary.
+
+    size: height and width in pixels. Says on stderr which tiles a plan chose, and whether they are exact.
+    """
+    from ..backoff import BackingOff, describe, smaller_tiles
+    from ..model import WanVAE
+    from ..plan import Setting, make_plan
+    from ..tiling import TiledVAE
+
+    if args.tile == "off":
+        return vae
+    chunk = getattr(args, "chunk", 1)
+    if args.tile != "auto":
+        exact = isinstance(vae, WanVAE)
+        vae = TiledVAE(vae, args.tile, args.tile_mode or ("exact" if exact else "blend"))
+    elif isinstance(vae, WanVAE):
+        weight = vae.last_layer
+        setting = Setting(vae.config, half, size, weight.dtype, weight.device, chunk, backend=vae.backend)  # type: ignore[arg-type]
+        plan = make_plan(setting, "whole")
+        if not plan.fits:
+            plan = make_plan(setting, args.tile_mode)
+        if plan.mode != "whole":
+            vae = TiledVAE(vae, plan.tile, plan.mode, plan.overlap or None)
+            print(f"wan-vae: {size[0]}x{size[1]} pixels would not fit into {in_words(plan.budget)}: {describe(vae)}", file=sys.stderr)
+        if not plan.fits:
+            print(f"wan-vae: {in_words(plan.memory)} may be needed, {in_words(plan.budget)} are free", file=sys.stderr)
+    return BackingOff(vae, smaller_tiles(vae, chunk))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    import torch
+
+    from .._shared.weights import usable_device
+    from ..plan import Setting, config_of, make_plan
+
+    device = torch.device(args.device) if args.memory else usable_device(args.device)
+    config = config_of(find_vae(args.codec))
+    rows = []
+    for name, half in HALVES.items():
+        setting = Setting(
+            config,
+            half,
+            args.size,
+            getattr(torch, DTYPES[args.dtype]),
+            device,
+            args.chunk,
+            args.frames,
+            memory=args.memory,  # type: ignore[arg-type]
+        )
+        plan = make_plan(setting)
+        row = {"command": name, "mode": plan.mode, "tile": "x".join(map(str, plan.tile)), "tiles": plan.tiles, "overlap": plan.overlap}
+        parts = {key: value for key, value in vars(plan.parts).items() if key != "still"}
+        if args.json:
+            row |= {"overhead": plan.overhead, "memory": plan.memory, "budget": plan.budget, "fits": plan.fits, **parts, "note": plan.note}
+        else:
+            row |= {"overhead": f"{plan.overhead:.0%}", "memory": in_words(plan.memory), "budget": in_words(plan.budget)}
+            row |= {key: in_words(value) for key, value in parts.items()} | {"note": plan.note}
+        rows.append(row)
+    show(rows, as_json=args.json)
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """An argparse type: `HxW`."""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII)
+    if not match or not int(match[1]) or not int(match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a height and width such as 480x832")
+    return int(match[1]), int(match[2])
+
+
+def tile_size(text: str) -> tuple[int, int] | str:
+    """An argparse type: `HxW`, "auto" or "off"."""
+    return text if text in ("auto", "off") else pixels(text)
+
+
+def amount(text: str) -> int:
+    """An argparse type: bytes, such as `8GB`, `8G` (both of 1000^3) or `500MiB`."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?) ?([KMGT]?I?)B?", text.upper(), re.ASCII)
+    if not match or match[2] not in UNITS or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"'{text}' is not an amount of memory such as 8GB or 500MiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def in_words(size: int) -> str:
+    """Bytes as people read them."""
+    return "any amount" if size >= 1 << 60 else f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
