@@ -1,0 +1,1 @@
+"""VAEs other than Wan's own, one file each."""
