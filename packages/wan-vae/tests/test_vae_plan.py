@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import wan_vae.plan
 from torch import Tensor
 from wan_vae import load_vae
 from wan_vae.backoff import BackingOff, out_of_memory, smaller_tiles
@@ -19,7 +20,7 @@ from wan_vae.cli import main
 from wan_vae.commands.planning import add_tiling, amount, tiled
 from wan_vae.config import PRESETS
 from wan_vae.footprint import footprint
-from wan_vae.plan import Setting, make_plan
+from wan_vae.plan import Setting, make_plan, setting_of
 from wan_vae.testing import difference
 from wan_vae.tiling import TiledVAE
 
@@ -88,6 +89,20 @@ def test_less_memory_means_smaller_tiles_and_more_work(half: str) -> None:
     assert "does not fit" in plans[3].note
     assert "approximate" in make_plan(replace(setting, memory=most), "blend").note
     TiledVAE(load_vae("tiny"), plans[1].tile)
+
+
+def test_small_tiles_where_auto_finds_too_little_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_tiling(parser)
+    vae = load_vae("tiny")
+    whole = make_plan(setting_of(vae, "encoder", (256, 384)), "whole").memory
+    monkeypatch.setattr(wan_vae.plan, "free_budget", lambda device: whole * 9 // 10)
+    model = tiled(vae, parser.parse_args([]), (256, 384), "encoder")
+    assert model.vae.mode == "exact"
+    assert "256x384 pixels would not fit into" in capsys.readouterr().err
+    model = tiled(vae, parser.parse_args(["--tile-mode", "blend"]), (256, 384), "encoder")
+    assert model.vae.mode == "blend"
+    assert "approximate" in capsys.readouterr().err
 
 
 def test_a_picture_takes_less_than_a_film() -> None:

@@ -107,6 +107,15 @@ def test_in_single_precision_and_by_winograd_the_tiles_stay_close() -> None:
     assert difference(tiled(vae, 8, 8).decode(latents), vae.decode(latents)) < 5e-5
 
 
+def test_halves_of_other_precision() -> None:
+    vae = make(TINY).float().set_precision(encode=torch.bfloat16)
+    video = clip(vae, 10, 4, frames=5).float()
+    latents, exact = tiled(vae, 4, 4).encode(video), vae.encode(video)
+    assert latents.dtype == exact.dtype
+    assert difference(latents.float(), exact.float()) < 0.03
+    assert difference(tiled(vae, 4, 4).decode(latents), vae.decode(latents)) < 1e-5
+
+
 def test_exact_tiles_give_the_log_variance_too() -> None:
     vae = VAES["wan2.1"]
     video = clip(vae, 6, 4)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .model import WanVAE
-from .plan import Setting, free_budget, make_plan
+from .plan import free_budget, make_plan, setting_of
 from .plugins import VAESpec
 from .tiles import Half
 from .tiling import TiledVAE
@@ -125,10 +125,9 @@ def smaller_tiles(vae: Any, chunk: int = 1) -> Make:
 
     def make(half: Half, size: tuple[int, int]) -> TiledVAE:
         if isinstance(vae, WanVAE):
-            weight = vae.last_layer
-            setting = Setting(vae.config, half, size, weight.dtype, weight.device, chunk, backend=vae.backend)
+            setting = setting_of(vae, half, size, chunk)
             whole = make_plan(setting, "whole").memory
-            halved = replace(setting, memory=min(whole, free_budget(weight.device)) // 2)
+            halved = replace(setting, memory=min(whole, free_budget(setting.device)) // 2)
             plan = make_plan(halved, "exact")
             plan = plan if plan.fits else make_plan(halved)
             if plan.mode != "whole":

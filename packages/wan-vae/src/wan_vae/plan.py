@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import PRESETS, VAEConfig
 from .convolution import resolve_backend
@@ -21,6 +21,7 @@ from .model import WanVAE
 from .plugins import VAESpec
 from .stream import StreamState
 from .tiles import Half, Span, kept_apart, overlapping, reach
+from .winograd import Winograd
 
 Mode = Literal["whole", "exact", "blend"]
 COSTLY = 3.0  # from this share of recomputed pixels on, blended tiles are taken where exact ones cost more
@@ -83,8 +84,7 @@ class Setting:
     @property
     def costs(self) -> dict[str, Any]:
         """What decides the memory of a chunk, apart from its size."""
-        weights = sum(parameter.nbytes for parameter in meta_model(self.config, self.dtype).parameters())
-        backend = resolve_backend(self.backend, self.device, self.dtype, weights)
+        backend = resolve_backend(self.backend, self.device, self.dtype, _suited(self.config, self.dtype))
         return {"dtype": self.dtype, "backend": backend, "cpu": self.device.type != "cuda"}
 
     @property
@@ -113,6 +113,13 @@ def make_plan(setting: Setting, mode: Mode | None = None) -> Plan:
     if fitting:
         return min(fitting, key=lambda plan: plan.overhead)
     return min(plans or [_whole(setting)], key=lambda plan: plan.memory)
+
+
+def setting_of(vae: WanVAE, half: Half, size: tuple[int, int], chunk: int = 1) -> Setting:
+    """For a loaded VAE, with the device, type and backend that it has."""
+    weight = (vae.quant_conv if half == "encoder" else vae.post_quant_conv).weight
+    backend = "direct" if vae.backend == "winograd" and weight.dtype != torch.float32 else vae.backend
+    return Setting(vae.config, half, size, weight.dtype, weight.device, chunk, backend=backend)
 
 
 def free_budget(device: torch.device) -> int:
@@ -247,6 +254,13 @@ def _trunk_shapes(setting: Setting, cells: tuple[int, int]) -> list[tuple[int, .
 def _bottom_shapes(setting: Setting) -> list[tuple[int, ...]]:
     channels = setting.config.z_dim if setting.half == "decoder" else _width(setting.config, "encoder")
     return [(1, channels, frames, *setting.cells) for frames in setting.chunks]
+
+
+@lru_cache(maxsize=8)
+def _suited(config: VAEConfig, dtype: torch.dtype) -> int:
+    """Bytes of the weights that Winograd's algorithm would transform."""
+    layers = [layer for layer in meta_model(config, dtype).modules() if isinstance(layer, nn.Conv2d | nn.Conv3d)]
+    return sum(layer.weight.nbytes for layer in layers if Winograd().takes(layer))
 
 
 @lru_cache(maxsize=32)

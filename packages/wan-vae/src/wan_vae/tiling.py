@@ -207,7 +207,7 @@ class TiledEncodeSession(TiledSession):
         vae, (_, height, width) = self.vae, self.vae.config.stride
         vae.check_video(video, started=self.started)
         self.open((video.shape[3] // height, video.shape[4] // width))
-        p, features = vae.config.patch_size, None
+        video, p, features = video.to(vae.quant_conv.weight.dtype), vae.config.patch_size, None
         for (rows, columns), state in self.tiles.items():
             seen = video[..., rows.low * height : rows.high * height, columns.low * width : columns.high * width]
             patches = rearrange(seen, "b c t (h q) (w r) -> b (c r q) t h w", q=p, r=p)
@@ -237,7 +237,8 @@ class TiledDecodeSession(TiledSession):
         vae, (_, height, width) = self.vae, self.vae.config.stride
         vae.check_latents(latents)
         self.open((latents.shape[3], latents.shape[4]))
-        features = vae.decoder.bottom(vae.post_quant_conv(vae.denormalise(latents), self.deep), self.deep)
+        latents = vae.denormalise(latents).to(vae.post_quant_conv.weight.dtype)
+        features = vae.decoder.bottom(vae.post_quant_conv(latents, self.deep), self.deep)
         p, video = vae.config.patch_size, None
         for (rows, columns), state in self.tiles.items():
             seen = features[..., rows.low : rows.high, columns.low : columns.high]

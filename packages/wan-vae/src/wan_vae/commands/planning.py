@@ -53,7 +53,7 @@ def tiled(vae: Any, args: argparse.Namespace, size: tuple[int, int], half: Half)
     """
     from ..backoff import BackingOff, describe, smaller_tiles
     from ..model import WanVAE
-    from ..plan import Setting, make_plan
+    from ..plan import make_plan, setting_of
     from ..tiling import TiledVAE
 
     if args.tile == "off":
@@ -63,8 +63,7 @@ def tiled(vae: Any, args: argparse.Namespace, size: tuple[int, int], half: Half)
         exact = isinstance(vae, WanVAE)
         vae = TiledVAE(vae, args.tile, args.tile_mode or ("exact" if exact else "blend"))
     elif isinstance(vae, WanVAE):
-        weight = vae.last_layer
-        setting = Setting(vae.config, half, size, weight.dtype, weight.device, chunk, backend=vae.backend)  # type: ignore[arg-type]
+        setting = setting_of(vae, half, size, chunk)
         plan = make_plan(setting, "whole")
         if not plan.fits:
             plan = make_plan(setting, args.tile_mode)
