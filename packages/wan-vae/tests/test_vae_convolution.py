@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,6 @@ from wan_vae.config import TINY
 from wan_vae.convolution import Convolution, resolve_backend
 from wan_vae.layers import CausalConv
 from wan_vae.model import WanVAE
-from wan_vae.stream import StreamState
 from wan_vae.testing import difference, randomise
 from wan_vae.winograd import Winograd, transform_filters
 
@@ -44,7 +46,7 @@ def reference(conv: nn.Module, x: Tensor, past: Tensor | None) -> Tensor:
 @given(
     backend=st.sampled_from(["direct", "winograd", "conv2d"]),
     sizes=st.tuples(*[st.integers(1, 6)] * 3, *[st.integers(1, 19)] * 2),
-    past=st.integers(0, 2),
+    past=st.sampled_from([0, 2]),
     batch=st.integers(1, 2),
     spread=st.booleans(),
 )
@@ -149,24 +151,16 @@ def test_backends_that_are_unknown_or_cannot_run_are_refused() -> None:
     assert vae.backend == "direct"
 
 
-@torch.no_grad()
-def test_the_core_of_a_step_compiles_without_a_break() -> None:
+def test_copies_and_pickles_of_a_model_start_without_filters(tmp_path: Path) -> None:
     vae = WanVAE(TINY).eval()
     randomise(vae)
-    direct = Convolution()
-
-    def step(latents: Tensor, history: dict[str, Tensor], started: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        state = StreamState(history=dict(history), started=started, convolution=direct)
-        return vae.decode_step(latents, state), state.history
-
-    compiled = torch.compile(step, fullgraph=True, backend="eager")
-    latents, history = torch.randn(1, 16, 3, 2, 2), {}
-    for t in range(3):
-        chunk = latents[:, :, t : t + 1]
-        expected, after = step(chunk, history, t > 0)
-        got, history = compiled(chunk, history, t > 0)
-        assert difference(got, expected) <= TOLERANCE
-        assert all(difference(history[key], after[key]) <= TOLERANCE for key in after)
+    vae.backend, vae._winograd = "winograd", Winograd(min_channels=1)
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    latents = vae.encode(video)
+    torch.save(vae, tmp_path / "vae.pth")
+    for other in (copy.deepcopy(vae), torch.load(tmp_path / "vae.pth", weights_only=False)):
+        assert other._winograd.bytes_kept == 0
+        assert torch.equal(other.encode(video), latents)
 
 
 def test_the_commands_know_every_backend() -> None:

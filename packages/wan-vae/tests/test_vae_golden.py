@@ -103,9 +103,10 @@ def test_first_frame_as_history_of_the_upsampler_would_be_noticed(case: Case, mo
     right = Upsample._double_time
 
     def remember_first(self: Upsample, time_conv: CausalConv, x: Tensor, state: StreamState) -> Tensor:
+        made = right(self, time_conv, x, state)
         if not state.started:
-            state.join(time_conv, x, 2)
-        return right(self, time_conv, x, state)
+            state.history[time_conv.slot][:, :, -1:] = x[:, :, :1]
+        return made
 
     monkeypatch.setattr(Upsample, "_double_time", remember_first)
     for name, latents in case.calls("decode"):

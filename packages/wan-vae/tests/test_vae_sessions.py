@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wan_vae.config import WAN21, VAEConfig
+from wan_vae.layers import CausalConv
 from wan_vae.model import WanVAE
-from wan_vae.testing import randomise
+from wan_vae.testing import difference, randomise
 from wan_vae.winograd import Winograd
 
 CONFIG = VAEConfig(
@@ -104,6 +105,45 @@ def test_one_frame_that_differs_ends_the_shortcut(vae: WanVAE) -> None:
     chunks = still.split([1, *[4] * 10], 2)
     session = vae.encode_session()
     assert torch.equal(torch.cat([session.push(chunk) for chunk in chunks], 2), unwatched(vae.encode_session(), chunks))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_step_compiles_to_one_graph_and_computes_the_same(style: str) -> None:
+    vae = WanVAE(STYLES[style]).eval()
+    randomise(vae)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    video = clip(vae, 13)
+    latents = vae.encode(video)
+    for session, chunks in ((vae.encode_session, video.split([1, 4, 4, 4], 2)), (vae.decode_session, latents.split(1, 2))):
+        plain, compiled = session(), session(compile={"backend": "eager"})
+        for chunk in chunks:
+            assert difference(compiled.push(chunk), plain.push(chunk)) <= 2e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "two halves, each with a first chunk and others"
+
+
+def test_the_first_frame_never_enters_the_history_of_an_upsampler(vae: WanVAE) -> None:
+    """In the second chunk the temporal upsampler sees zeros; peers that kept the first frame had colours jump there."""
+    latents, session = torch.randn(1, 4, 2, 2, 3, generator=torch.Generator().manual_seed(0)), vae.decode_session()
+    temporal = {name for name, _ in vae.named_modules() if name.startswith("decoder") and name.endswith("time_conv")}
+    assert temporal
+    session.push(latents[:, :, :1])
+    assert not any(session.state.history[name].any() for name in temporal)
+    session.push(latents[:, :, 1:])
+    assert all(session.state.history[name].any() for name in temporal)
+
+
+def test_every_layer_of_either_half_has_its_own_memory(vae: WanVAE) -> None:
+    """A peer sized the memory of the encoder by the layers of the decoder."""
+    for session, chunk in ((vae.encode_session(), clip(vae, 5)), (vae.decode_session(), torch.randn(1, 4, 1, 2, 3))):
+        session.push(chunk[:, :, :1])
+        session.push(chunk[:, :, 1:] if session.half == "encoder" else chunk)
+        looking_back = {
+            name
+            for name, module in vae.named_modules()
+            if name.startswith(session.half) and isinstance(module, CausalConv) and module.kernel_size[0] > 1
+        }
+        assert looking_back <= set(session.state.history)
 
 
 def unwatched(session: object, chunks: tuple[Tensor, ...]) -> Tensor:

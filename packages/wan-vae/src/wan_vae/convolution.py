@@ -35,7 +35,7 @@ class Convolution:
     winograd: Winograd | None = None
 
     def __call__(self, layer: nn.Conv2d | nn.Conv3d, x_BCTHW: Tensor, past_BCTHW: Tensor | None, rows: int) -> Tensor:
-        """Stride 1, zeros around width, `rows` rows of zeros above and below; in time what is missing of `past` is zeros."""
+        """Stride 1, zeros around width, `rows` rows of zeros above and below; `past` is as many frames as the kernel looks back, or None for zeros."""
         if self.winograd is not None and self.winograd.takes(layer) and not torch.is_grad_enabled() and _plain(x_BCTHW):
             made = _by_winograd(self.winograd, layer, x_BCTHW, past_BCTHW, rows)
             if made is not None:
@@ -43,10 +43,10 @@ class Convolution:
         weight = layer.weight if layer.weight.ndim == 5 else layer.weight.unsqueeze(2)
         padding, reach = (0, rows, weight.shape[-1] // 2), weight.shape[2] - 1
         joined = x_BCTHW if past_BCTHW is None else torch.cat([past_BCTHW, x_BCTHW], dim=2)
-        if x_BCTHW.shape[2] == 1:  # the taps that would meet padding are left out
-            weight = weight[:, :, -joined.shape[2] :]
-        elif missing := reach + x_BCTHW.shape[2] - joined.shape[2]:
-            joined = F.pad(joined, (0, 0, 0, 0, missing, 0))
+        if past_BCTHW is None and x_BCTHW.shape[2] == 1:  # the taps that would meet padding are left out
+            weight = weight[:, :, -1:]
+        elif past_BCTHW is None and reach:
+            joined = F.pad(joined, (0, 0, 0, 0, reach, 0))
         if self.backend == "conv2d" and weight.shape[2] > 1 and weight.shape[-1] > 1:
             return _sum_of_2d(joined, weight, layer.bias, padding[1:])
         return convolve(joined, weight, layer.bias, padding=padding)
@@ -97,7 +97,7 @@ def _by_winograd(winograd: Winograd, layer: nn.Conv2d | nn.Conv3d, x_BCTHW: Tens
         frames = list(x_BCTHW[sample].permute(1, 2, 3, 0).contiguous())
         past = [] if past_BCTHW is None else list(past_BCTHW[sample].permute(1, 2, 3, 0).contiguous())
         if layer.weight.ndim == 5 and (past or len(frames) > 1):
-            past = [torch.zeros_like(frames[0])] * (2 - len(past)) + past
+            past = past or [torch.zeros_like(frames[0])] * 2
         made = winograd.convolve(layer, [*past, *frames], rows)
         if made is None:
             return None

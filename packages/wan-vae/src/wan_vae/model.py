@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -96,13 +96,13 @@ class WanVAE(Pretrained):
             vae.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         return vae
 
-    def encode_session(self, *, shard: Shard | None = None) -> EncodeSession:
+    def encode_session(self, *, shard: Shard | None = None, compile: Mapping[str, Any] | None = None) -> EncodeSession:
         """A stream of frames to latents; its `push` takes the next chunk."""
-        return EncodeSession(self, shard=shard)
+        return EncodeSession(self, shard=shard, compile=compile)
 
-    def decode_session(self, *, shard: Shard | None = None) -> DecodeSession:
+    def decode_session(self, *, shard: Shard | None = None, compile: Mapping[str, Any] | None = None) -> DecodeSession:
         """A stream of latents to frames; its `push` takes the next chunk."""
-        return DecodeSession(self, shard=shard)
+        return DecodeSession(self, shard=shard, compile=compile)
 
     def convolution(self, half: str) -> Convolution:
         """What computes the convolutions of "encoder" or "decoder"; transformed filters of the other half make room."""

@@ -62,6 +62,7 @@ class Upsample(nn.Module):
         bypass = 0 if state.started else 1
         first_BCTHW, rest_BCTHW = x_BCTHW[:, :, :bypass], x_BCTHW[:, :, bypass:]
         if rest_BCTHW.shape[2] == 0:
+            state.forget(time_conv, first_BCTHW, time_conv.kernel_size[0] - 1)
             return first_BCTHW
         pairs_BCTHW = rearrange(time_conv(rest_BCTHW, state), "b (pair c) t h w -> b c (t pair) h w", pair=2)
         return pairs_BCTHW if state.started else torch.cat([first_BCTHW, pairs_BCTHW], dim=2)

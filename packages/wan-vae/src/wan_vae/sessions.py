@@ -11,25 +11,48 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .convolution import Convolution
 from .stream import Shard, StreamState
 
 if TYPE_CHECKING:
     from .model import WanVAE
 
+DIRECT = Convolution()
+STEPS = {"encoder": "encode_step", "decoder": "decode_step"}
 STARTED, HISTORY = "started", "history."
+
+
+def step(vae: WanVAE, name: str, x: Tensor, history: Mapping[str, Tensor], started: bool) -> tuple[Any, dict[str, Tensor]]:
+    """A step without state: what it makes of a chunk, and what is to be remembered."""
+    state = StreamState(history=dict(history), started=started, convolution=DIRECT)
+    return getattr(vae, name)(x, state), state.history
 
 
 class Session:
     """What encoding and decoding share: a state that is carried, saved and restored.
 
     shard: the rows that this process holds, where several share one picture
+    compile: options of `torch.compile`, such as `{"mode": "reduce-overhead"}` for CUDA graphs; each step is one graph, of which
+        there are two, for the first chunk and for the others
     """
 
     half: str
 
-    def __init__(self, vae: WanVAE, *, shard: Shard | None = None) -> None:
+    def __init__(self, vae: WanVAE, *, shard: Shard | None = None, compile: Mapping[str, Any] | None = None) -> None:
         self.vae = vae
         self.state = StreamState(convolution=vae.convolution(self.half), shard=shard)
+        self._compiled = None if compile is None else torch.compile(step, fullgraph=True, **compile)
+
+    def _step(self, x: Tensor) -> Any:
+        """One chunk through the half; the state moves on."""
+        if self._compiled is None:
+            self.state.watch(x)
+            made = getattr(self.vae, STEPS[self.half])(x, self.state)
+        else:
+            made, history = self._compiled(self.vae, STEPS[self.half], x, self.state.history, self.state.started)
+            self.state.history = {name: value.clone() for name, value in history.items()}  # the next run writes over its outputs
+        self.state.started = True
+        return made
 
     @property
     def started(self) -> bool:
@@ -74,9 +97,7 @@ class EncodeSession(Session):
         ValueError for a chunk that breaks the rule of the class.
         """
         self.vae.check_video(video, started=self.started)
-        self.state.watch(video)
-        mean, logvar = self.vae.encode_step(video, self.state)
-        self.state.started = True
+        mean, logvar = self._step(video)
         latents = self.vae.normalise(mean)
         return (latents, logvar) if moments else latents
 
@@ -90,7 +111,5 @@ class DecodeSession(Session):
     def push(self, latents: Tensor) -> Tensor:
         """The frames of a chunk `[B, z_dim, T', H', W']`, clamped to [-1, 1]."""
         self.vae.check_latents(latents)
-        self.state.watch(latents)
-        video = self.vae.decode_step(self.vae.denormalise(latents), self.state)
-        self.state.started = True
+        video: Tensor = self._step(self.vae.denormalise(latents))
         return video.clamp(-1, 1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .convolution import Convolution
@@ -58,16 +59,24 @@ class StreamState:
     skipped: int = 0
 
     def recall(self, layer: nn.Module, x_BCTHW: Tensor, frames: int) -> Tensor | None:
-        """What `layer` remembers (nothing at the start); remember the last `frames` frames of that and `x`."""
+        """What `layer` remembers (nothing at the start); remember the last `frames` frames of that and `x`, zeros before them."""
         past = self.history.get(layer.slot)  # type: ignore[call-overload]
         if self.carry and frames:
             kept = x_BCTHW[:, :, -frames:]
-            if past is not None and kept.shape[2] < frames:
-                kept = torch.cat([past[:, :, kept.shape[2] - frames :], kept], dim=2)
+            missing = frames - kept.shape[2]
+            if missing and past is not None:
+                kept = torch.cat([past[:, :, -missing:], kept], dim=2)
+            elif missing:
+                kept = F.pad(kept, (0, 0, 0, 0, missing, 0))
             else:
                 kept = kept.clone()  # a view would keep the whole chunk alive
             self.history[layer.slot] = kept  # type: ignore[index]
         return past
+
+    def forget(self, layer: nn.Module, x_BCTHW: Tensor, frames: int) -> None:
+        """Remember zeros, of the size of a frame of `x`, as if the stream began after it."""
+        if self.carry:
+            self.history[layer.slot] = torch.zeros_like(x_BCTHW[:, :, :1]).expand(-1, -1, frames, -1, -1).clone()  # type: ignore[index]
 
     def join(self, layer: nn.Module, x_BCTHW: Tensor, frames: int) -> Tensor:
         """Put what `layer` remembers in front of its input, and remember the last `frames` frames."""

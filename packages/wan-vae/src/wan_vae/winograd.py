@@ -57,6 +57,10 @@ class Winograd:
         self.budget, self.min_channels = budget, min_channels
         self._kept: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[Winograd], tuple[int, int]]:
+        """A copy, or what is unpickled, starts without filters: they belong to the layers they were made of."""
+        return Winograd, (self.budget, self.min_channels)
+
     @property
     def bytes_kept(self) -> int:
         """Size of the transformed filters that are kept."""
