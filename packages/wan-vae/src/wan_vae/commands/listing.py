@@ -10,10 +10,11 @@ from typing import Any
 from .._shared.cli import show
 from .._shared.discover import Offer, discover
 from ..plugins import VAESpec, find_vae, plugin_manager
+from ..weights_state import weights_state
 from .common import CODEC_HELP, command
 
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-SPEC_FIELDS = ("latent_space", "channels", "stride", "weights", "summary")
+SPEC_FIELDS = ("latent_space", "channels", "stride", "parameters", "state", "weights", "summary")
 
 
 def add(commands: Any) -> None:
@@ -27,12 +28,8 @@ def add(commands: Any) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    if args.codec:
-        spec = find_vae(args.codec)
-        facts = {"kind": "codec", "name": spec.name, **_spec_facts(spec)}
-    else:
-        facts = _file_facts(args.file)
-    show([facts] if args.json else [{"field": key, "value": value} for key, value in facts.items()], as_json=args.json)
+    facts = {"kind": "codec", **_codec_facts(find_vae(args.codec))} if args.codec else _file_facts(args.file)
+    show([facts] if args.json else [{"field": key, "value": _plain(value)} for key, value in facts.items()], as_json=args.json)
 
 
 def _file_facts(path: str) -> dict[str, Any]:
@@ -43,7 +40,7 @@ def _file_facts(path: str) -> dict[str, Any]:
         file = LatentFile.open(path)
         return {"kind": "latents", "shape": list(file.shape), "dtype": file.dtype, **file.info.to_metadata()}
     if Path(path).is_dir() or Path(path).suffix in CHECKPOINTS:
-        return {"kind": "checkpoint", **_spec_facts(find_vae(path))}
+        return {"kind": "checkpoint", **_codec_facts(find_vae(path))}
     info = probe(path)
     return {"kind": "video", **{key: str(value) if isinstance(value, Fraction) else value for key, value in vars(info).items()}}
 
@@ -53,12 +50,31 @@ def _list(args: argparse.Namespace) -> None:
     failed = [Offer("wan_vaes", "", dist, pm.versions.get(dist, ""), None, error) for dist, error in pm.broken.items()]
     rows = []
     for offer in [*discover("wan_vaes", pm), *failed]:
-        facts = _spec_facts(offer.spec) if offer.spec else dict.fromkeys(SPEC_FIELDS, "")
+        facts: dict[str, Any] = _spec_facts(offer.spec) if offer.spec else dict.fromkeys(SPEC_FIELDS, "")
         status = f"{type(offer.error).__name__}: {offer.error}" if offer.error else "ok"
         rows.append({"name": offer.name, "distribution": offer.dist, "version": offer.version, **facts, "status": status})
+    if not args.json:
+        rows = [{key: _plain(value) for key, value in row.items()} for row in rows]
     show(rows, as_json=args.json, empty="no VAE is installed")
+
+
+def _codec_facts(spec: VAESpec) -> dict[str, Any]:
+    """Of one codec: also its name and the distribution whose class reads it, empty where that is none that is listed."""
+    offers = [offer for offer in discover("wan_vaes", plugin_manager()) if offer.spec]
+    dist = next((offer.dist for offer in offers if spec == offer.spec), None)
+    dist = dist or next((offer.dist for offer in offers if spec.target == offer.spec.target), "")
+    return {"name": spec.name, "distribution": dist, **_spec_facts(spec)}
 
 
 def _spec_facts(spec: VAESpec) -> dict[str, Any]:
     stride = "x".join(str(step) for step in spec.stride)
-    return dict(zip(SPEC_FIELDS, (spec.latent_space, spec.latent_channels, stride, spec.weights or "none", spec.summary), strict=True))
+    parameters = getattr(spec, "parameters", None)  # third parties may return a record of their own
+    facts = (spec.latent_space, spec.latent_channels, stride, parameters, weights_state(spec.weights), spec.weights or "none", spec.summary)
+    return dict(zip(SPEC_FIELDS, facts, strict=True))
+
+
+def _plain(value: Any) -> Any:
+    """A fact as a table shows it."""
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) and value >= 10**5 else value
