@@ -2,8 +2,8 @@
 
 What an allocator wastes is measured: on Linux, in fp32, nine peaks of tiny (240x416 encoded, 480x832 decoded), of Wan2.1 and
 Wan2.2 at a third and a fifth of their width (192x320) and of Wan2.1 (96x160), direct and by Winograd, are 1.33 to 1.55 times
-what is counted beside the weights, and once 1.87 times; with WASTE and LIBRARIES the prediction is -21 % to +8 % off. Not
-measured on GPUs.
+what is counted beside the weights, and once 1.87 times; with WASTE and LIBRARIES the prediction is -21 % to +8 % off, and
+-8 % to +10 % for seven runs at 192x448, whole, in exact and in blended tiles. Not measured on GPUs.
 
 Shapes: B batch, C channels, T frames, H height, W width.
 """
