@@ -107,15 +107,14 @@ def test_one_frame_that_differs_ends_the_shortcut(vae: WanVAE) -> None:
     assert torch.equal(torch.cat([session.push(chunk) for chunk in chunks], 2), unwatched(vae.encode_session(), chunks))
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_every_step_compiles_to_one_graph_and_computes_the_same(style: str) -> None:
-    vae = WanVAE(STYLES[style]).eval()
+def test_every_step_compiles_to_one_graph_and_computes_the_same() -> None:
+    vae = WanVAE(STYLES["flat"].model_copy(update={"dim_mult": (1, 2), "temporal_downsample": (True,)})).eval()
     randomise(vae)
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    video = clip(vae, 13)
+    video = clip(vae, 7)
     latents = vae.encode(video)
-    for session, chunks in ((vae.encode_session, video.split([1, 4, 4, 4], 2)), (vae.decode_session, latents.split(1, 2))):
+    for session, chunks in ((vae.encode_session, video.split([1, 2, 2, 2], 2)), (vae.decode_session, latents.split(1, 2))):
         plain, compiled = session(), session(compile={"backend": "eager"})
         for chunk in chunks:
             assert difference(compiled.push(chunk), plain.push(chunk)) <= 2e-5

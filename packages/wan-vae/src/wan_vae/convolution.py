@@ -35,7 +35,10 @@ class Convolution:
     winograd: Winograd | None = None
 
     def __call__(self, layer: nn.Conv2d | nn.Conv3d, x_BCTHW: Tensor, past_BCTHW: Tensor | None, rows: int) -> Tensor:
-        """Stride 1, zeros around width, `rows` rows of zeros above and below; `past` is as many frames as the kernel looks back, or None for zeros."""
+        """Stride 1, zeros around width, `rows` rows of zeros above and below.
+
+        past: as many frames as the kernel looks back; None for zeros
+        """
         if self.winograd is not None and self.winograd.takes(layer) and not torch.is_grad_enabled() and _plain(x_BCTHW):
             made = _by_winograd(self.winograd, layer, x_BCTHW, past_BCTHW, rows)
             if made is not None:

@@ -39,6 +39,8 @@ class Session:
     half: str
 
     def __init__(self, vae: WanVAE, *, shard: Shard | None = None, compile: Mapping[str, Any] | None = None) -> None:
+        if shard is not None and compile is not None:
+            raise ValueError("a session of a shard of the picture cannot be compiled: leave out compile or shard")
         self.vae = vae
         self.state = StreamState(convolution=vae.convolution(self.half), shard=shard)
         self._compiled = None if compile is None else torch.compile(step, fullgraph=True, **compile)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .._shared.discover import discover, resolve
 from ..plugins import VAESpec, find_vae, plugin_manager
 from .common import CODEC_HELP, DTYPES, add_running, command, load, output_path, progress_bar, whole_number
+from .planning import add_tiling, tiled
 
 if TYPE_CHECKING:
     from ..latents import LatentInfo
@@ -37,6 +38,7 @@ def add(commands: Any) -> None:
         "the latter two are recorded in the file (default: error)",
     )
     add_running(encode)
+    add_tiling(encode)
 
     decode = command(commands, "decode", _decode, "latent file to film", "wan-vae decode film.safetensors back.mp4")
     decode.add_argument("latents", help="a latent file")
@@ -48,6 +50,7 @@ def add(commands: Any) -> None:
     decode.add_argument("--bit-depth", type=int, choices=(8, 10), default=8, help="bits per component; 10 gives 16-bit PNG (default: 8)")
     decode.add_argument("--audio", metavar="SOURCE", help="copy the sound of this film, such as the one that was encoded")
     add_running(decode)
+    add_tiling(decode)
 
 
 def _encode(args: argparse.Namespace) -> None:
@@ -62,6 +65,9 @@ def _encode(args: argparse.Namespace) -> None:
     vae = load(spec, args, default_dtype=torch.float32)
     if not args.codec:
         print(TINY_NOTE, file=sys.stderr)
+    margins = _margins(args.crop, source.width, source.height) if args.crop else (0, 0, 0, 0)
+    width, height = source.width - margins[0] - margins[2], source.height - margins[1] - margins[3]
+    vae = tiled(vae, args, _padded(height, width, spec), "encoder")
     with progress_bar(args) as progress:
         info = VideoCodec(vae, name=_recorded_name(spec)).encode_file(
             args.video,
@@ -72,7 +78,7 @@ def _encode(args: argparse.Namespace) -> None:
             logvar=args.logvar,
             on_error=args.on_error,
             fps=args.fps,
-            crop=_margins(args.crop, source.width, source.height) if args.crop else None,
+            crop=margins if args.crop else None,
             progress=progress,
         )
     print(f"{output}: {_summary(info)}")
@@ -95,8 +101,9 @@ def _decode(args: argparse.Namespace) -> None:
         raise ValueError(
             f"'{args.latents}' holds latents of the space '{recorded.latent_space}', but '{spec.name}' decodes '{spec.latent_space}'"
         )
+    vae = tiled(load(spec, args), args, _padded(recorded.height, recorded.width, spec), "decoder")
     with progress_bar(args) as progress:
-        info = VideoCodec(load(spec, args), name=_recorded_name(spec)).decode_file(
+        info = VideoCodec(vae, name=_recorded_name(spec)).decode_file(
             args.latents,
             output,
             chunk=args.chunk,
@@ -142,6 +149,14 @@ def _margins(part: tuple[int, int, int, int], width: int, height: int) -> tuple[
     if x + wide > width or y + high > height:
         raise ValueError(f"--crop {wide}x{high}+{x}+{y} reaches beyond the picture, which is {width}x{height}")
     return x, y, width - x - wide, height - y - high
+
+
+def _padded(height: int, width: int, spec: VAESpec) -> tuple[int, int]:
+    """The size that the codec works on."""
+    from ..latent_info import Padding
+
+    padding = Padding.of(1, height, width, spec.stride)
+    return height + padding.bottom, width + padding.right
 
 
 def _recorded_name(spec: VAESpec) -> str | None:
