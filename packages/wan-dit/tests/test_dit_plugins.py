@@ -205,7 +205,9 @@ def test_a_model_says_which_package_its_part_needs_even_where_others_offer_some(
 
 
 def test_an_unknown_name_is_answered_with_the_closest_and_what_to_install() -> None:
-    with pytest.raises(LookupError, match=r"no vae named 'wan2.3' \(installed: taew2_1, taew2_2, tiny, wan2.1, wan2.2; did you mean 'wan2.2'\?\)"):
+    with pytest.raises(
+        LookupError, match=r"no vae named 'wan2.3' \(installed: taew2_1, taew2_2, tiny, wan2.1, wan2.2; did you mean 'wan2.2'\?\)"
+    ):
         find("wan_vaes", "wan2.3")
     for kind, package in (("wan_vaes", "wan-vae"), ("wan_text_encoders", "wan-text")):
         with pytest.raises(LookupError, match=rf"\(installed: none\); try: pip install {package}"):

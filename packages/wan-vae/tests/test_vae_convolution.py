@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from wan_vae import convolution
+from wan_vae.cli import main
 from wan_vae.commands.common import BACKENDS
 from wan_vae.config import TINY
 from wan_vae.convolution import Convolution, resolve_backend
@@ -165,3 +167,12 @@ def test_copies_and_pickles_of_a_model_start_without_filters(tmp_path: Path) -> 
 
 def test_the_commands_know_every_backend() -> None:
     assert BACKENDS == convolution.BACKENDS
+
+
+@pytest.mark.parametrize(("codec", "backend"), [("wan2.1", "winograd"), ("tiny", "direct")])
+def test_info_says_what_auto_would_choose(
+    codec: str, backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(convolution, "free_memory", lambda: 10**12)
+    assert main(["info", "--codec", codec, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["backend"] == backend

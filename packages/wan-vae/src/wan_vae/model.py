@@ -65,12 +65,15 @@ class WanVAE(Pretrained):
         self._resolve(name)
         self._backend = name
 
-    def _resolve(self, backend: str) -> str:
+    def backend_on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+        """What "auto" would choose on another device."""
+        return self._resolve("auto", device, dtype)
+
+    def _resolve(self, backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str:
         weight = self.last_layer
-        suited = sum(
-            conv.weight.nbytes for conv in self.modules() if isinstance(conv, nn.Conv2d | nn.Conv3d) and self._winograd.takes(conv)
-        )
-        return resolve_backend(backend, weight.device, weight.dtype, suited)
+        convs = [module for module in self.modules() if isinstance(module, nn.Conv2d | nn.Conv3d)]
+        suited = sum(conv.weight.nbytes for conv in convs if self._winograd.takes(conv))
+        return resolve_backend(backend, device or weight.device, dtype or weight.dtype, suited)
 
     def set_precision(self, *, encode: torch.dtype | None = None, decode: torch.dtype | None = None) -> Self:
         """Compute either half in another type; norms stay in fp32. On a GPU `from_pretrained` sets fp32 and bf16.

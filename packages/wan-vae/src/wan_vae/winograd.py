@@ -127,13 +127,11 @@ class Winograd:
         if filters_TPCO is None:
             return None
         h, w = -(-height // TILE), -(-width // TILE)
-        margin = (0, 0, 1, TILE * w - width + 1, rows, TILE * h - height + rows)
-        padded = [F.pad(frame, margin) for frame in frames]
-        y_ThrwrO = padded[0].new_empty(new, h, TILE, w, TILE, layer.out_channels)
+        y_ThrwrO = frames[0].new_empty(new, h, TILE, w, TILE, layer.out_channels)
         band = max(1, round(BAND / w))
         for top in range(0, h, band):
             bottom = min(h, top + band)
-            transformed = (_transform(frame[TILE * top : TILE * bottom + 2], bottom - top, w) for frame in padded)
+            transformed = (_transform(_window(frame, top, bottom, w, rows), bottom - top, w) for frame in frames)
             for t, m_PNO in enumerate(_PRODUCTS[variant](transformed, filters_TPCO, layer.bias)):
                 _untransform(m_PNO, y_ThrwrO[t, top:bottom])
         return y_ThrwrO.view(new, TILE * h, TILE * w, -1)[:, :height, :width]
@@ -186,6 +184,14 @@ def _biased(m_PNO: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         m_PNO[EVERYWHERE] += bias
     return m_PNO
+
+
+def _window(frame_HWC: Tensor, top: int, bottom: int, w: int, rows: int) -> Tensor:
+    """The rows that the tiles from `top` to `bottom` look at, with zeros where they reach beyond the frame."""
+    height, width = frame_HWC.shape[:2]
+    first, last = TILE * top - rows, TILE * bottom - rows + 2
+    inner = frame_HWC[max(0, first) : last]
+    return F.pad(inner, (0, 0, 1, TILE * w - width + 1, max(0, -first), max(0, last - height)))
 
 
 def _transform(frame_HWC: Tensor, h: int, w: int) -> Tensor:

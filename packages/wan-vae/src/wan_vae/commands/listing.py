@@ -28,7 +28,11 @@ def add(commands: Any) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    facts = {"kind": "codec", **_codec_facts(find_vae(args.codec))} if args.codec else _file_facts(args.file)
+    if args.codec:
+        spec = find_vae(args.codec)
+        facts = {"kind": "codec", **_codec_facts(spec), "backend": _backend(spec)}
+    else:
+        facts = _file_facts(args.file)
     show([facts] if args.json else [{"field": key, "value": _plain(value)} for key, value in facts.items()], as_json=args.json)
 
 
@@ -64,6 +68,20 @@ def _codec_facts(spec: VAESpec) -> dict[str, Any]:
     dist = next((offer.dist for offer in offers if spec == offer.spec), None)
     dist = dist or next((offer.dist for offer in offers if spec.target == offer.spec.target), "")
     return {"name": spec.name, "distribution": dist, **_spec_facts(spec)}
+
+
+def _backend(spec: VAESpec) -> str:
+    """The convolutions that "auto" would choose here and now for a preset; empty for others, which are not loaded to tell."""
+    import torch
+
+    from .._shared.weights import best_device
+    from ..config import PRESETS
+    from ..model import WanVAE
+
+    if spec.target != "wan_vae.model:WanVAE" or spec.name not in PRESETS:
+        return ""
+    with torch.device("meta"):
+        return WanVAE(PRESETS[spec.name]).backend_on(torch.device(best_device()))
 
 
 def _spec_facts(spec: VAESpec) -> dict[str, Any]:
