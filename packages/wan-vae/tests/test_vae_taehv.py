@@ -21,6 +21,7 @@ from wan_vae.latents import LatentFile
 from wan_vae.model import WanVAE
 from wan_vae.plugins import find_vae
 from wan_vae.testing import VAEContract, difference, randomise
+from wan_vae.tiling import TiledVAE
 from wan_vae.video import probe
 
 SUPER22 = TAEW22.model_copy(update={"wide_blocks": True, "decoder_dims": (512, 256, 128, 64)})
@@ -262,3 +263,20 @@ def test_a_film_through_the_command(
     assert "gives no log-variance" in capsys.readouterr().err
     latents, padding = VideoCodec(vae).encode(torch.rand(1, 3, 6, 9, 9) * 2 - 1)
     assert VideoCodec(vae).decode(latents, padding).shape == (1, 3, 6, 9, 9)
+
+
+def test_in_blended_tiles(vae: TAEHV) -> None:
+    video = torch.rand(1, 3, 9, 48, 48) * 2 - 1
+    tiled = TiledVAE(vae, (48, 48), "blend")  # one tile, which is the whole
+    assert difference(tiled.encode(video), vae.encode(video)) <= 1e-5
+    tiled = TiledVAE(vae, (32, 32), "blend")
+    latents = vae.encode(video)
+    assert tiled.encode(video).shape == latents.shape
+    assert torch.cat(list(tiled.encode_stream(video.split([1, 8], 2))), 2).shape == latents.shape
+    assert tiled.decode(latents).shape == video.shape
+
+
+def test_its_memory_is_not_predicted_and_nothing_is_fetched(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TAEHV, "from_pretrained", lambda *_, **__: pytest.fail("weights were asked for"))
+    assert main(["plan", "--codec", "taew2_1", "--size", "480x832"]) == 2
+    assert "the memory of 'taew2_1' cannot be predicted" in capsys.readouterr().err

@@ -133,7 +133,9 @@ def config_of(spec: VAESpec) -> VAEConfig:
     """The configuration of a VAE; of a preset without its weights. ValueError for one of another kind."""
     if spec.name in PRESETS and spec.target == "wan_vae.model:WanVAE":
         return PRESETS[spec.name]
-    config = getattr(spec.load(), "config", None)
+    target = spec.resolve()
+    other = isinstance(target, type) and not issubclass(target, WanVAE)  # told before weights are fetched
+    config = None if other else getattr(spec.load(), "config", None)
     if not isinstance(config, VAEConfig):
         known = f"{', '.join(PRESETS)} and their like"
         raise ValueError(f"the memory of '{spec.name}' cannot be predicted: it is none of the Wan VAEs ({known})")
