@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,13 +103,47 @@ def test_a_spent_budget_is_computed_directly() -> None:
     assert torch.equal(got, Convolution("direct")(conv, x, None, 1))
 
 
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "in place": lambda conv: conv.weight.mul_(2),
+    "behind autograd": lambda conv: conv.weight.data.mul_(2),
+    "data replaced": lambda conv: setattr(conv.weight, "data", 2 * conv.weight.data),
+    "assigned": lambda conv: conv.load_state_dict({key: 2 * value for key, value in conv.state_dict().items()}, assign=True),
+}
+
+
 @torch.no_grad()
-def test_changed_weights_are_transformed_again() -> None:
-    conv, x = layer(4, 4), torch.randn(1, 4, 4, 8, 8)
-    compute = by("winograd")
-    compute(conv, x, None, 1)
-    conv.weight.mul_(2)
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_are_transformed_again(change: str) -> None:
+    conv, x, compute = layer(8, 8), torch.randn(1, 8, 4, 8, 8), by("winograd")
+    for _ in range(2):
+        compute(conv, x, None, 1)
+        CHANGES[change](conv)
     assert difference(compute(conv, x, None, 1).double(), reference(conv, x, None)) <= TOLERANCE
+
+
+def test_weights_made_in_inference_mode_are_transformed() -> None:
+    with torch.inference_mode():
+        conv, x = layer(8, 8), torch.randn(1, 8, 4, 8, 8)
+        assert difference(by("winograd")(conv, x, None, 1).double(), reference(conv, x, None)) <= TOLERANCE
+
+
+def test_other_backends_give_the_memory_of_the_filters_back() -> None:
+    vae = WanVAE(TINY).eval()
+    vae.backend, vae._winograd = "winograd", Winograd(min_channels=1)
+    vae.encode(torch.zeros(1, 3, 5, 16, 16))
+    assert vae._winograd.bytes_kept > 0
+    vae.backend = "direct"
+    assert vae._winograd.bytes_kept == 0
+
+
+def test_a_half_in_bf16_leaves_the_other_to_winograd() -> None:
+    vae = WanVAE(TINY).eval()
+    vae.backend, vae._winograd = "winograd", Winograd(min_channels=1)
+    vae.set_precision(decode=torch.bfloat16)
+    latents = vae.encode(torch.zeros(1, 3, 5, 16, 16))
+    assert vae._winograd.bytes_kept > 0
+    assert vae.decode(latents).dtype == torch.bfloat16
+    assert vae._winograd.bytes_kept == 0
 
 
 def test_the_present_frame_alone_uses_the_filters_of_the_stream() -> None:

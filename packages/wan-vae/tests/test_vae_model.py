@@ -175,6 +175,21 @@ def test_half_precision_runs_and_stays_near() -> None:
     assert difference(half.float(), latents) < 0.1
 
 
+def test_statistics_met_in_inference_mode_serve_gradients_too() -> None:
+    vae = small()
+    vae.config = vae.config.model_copy(update={"latents_mean": (0.25, -0.5, 0.125, 1.0)})  # no other test has these
+    with torch.inference_mode():
+        vae.encode(clip(vae, 5))
+    mean = torch.randn(1, 4, 1, 2, 2, requires_grad=True)
+    vae.denormalise(vae.normalise(mean).square()).sum().backward()
+    assert mean.grad is not None
+
+
+def test_integers_are_refused() -> None:
+    with pytest.raises(ValueError, match="uint8, expected numbers in"):
+        small().encode(torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
+
+
 def test_halves_compute_in_types_of_their_own() -> None:
     vae, video = small(), clip(small(), 5)
     latents = vae.encode(video)

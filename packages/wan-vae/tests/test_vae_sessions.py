@@ -56,11 +56,35 @@ def test_states_of_another_half_or_model_are_refused(vae: WanVAE) -> None:
     saved = session.state_dict()
     with pytest.raises(ValueError, match="not a state of this model's decoder: encoder"):
         vae.decode_session().load_state_dict(saved)
-    with pytest.raises(ValueError, match="missing or extra"):
+    some = next(key for key in saved if key.startswith("history.") and "conv1" in key)
+    with pytest.raises(ValueError, match=some.removeprefix("history.")):
+        vae.encode_session().load_state_dict({key: value for key, value in saved.items() if key != some})
+    with pytest.raises(ValueError, match=some.removeprefix("history.")):
+        vae.encode_session().load_state_dict({**saved, some: saved[some][:, 1:]})
+    with pytest.raises(ValueError, match=r"encoder\.conv_in"):
+        vae.encode_session().load_state_dict({"started": torch.tensor(True)})
+    with pytest.raises(ValueError, match="not a state"):
         vae.encode_session().load_state_dict({key: value for key, value in saved.items() if key != "started"})
     other = WanVAE(WAN21.model_copy(update={"base_dim": 4, "decoder_base_dim": 4}))
     with pytest.raises(ValueError, match="not a state of this model's encoder"):
         other.encode_session().load_state_dict({**saved, "history.encoder.strange": torch.zeros(1)})
+
+
+def test_a_stream_that_changes_its_size_is_refused(vae: WanVAE) -> None:
+    session = vae.encode_session()
+    session.push(clip(vae, 1))
+    with pytest.raises(ValueError, match="start another session"):
+        session.push(clip(vae, 4)[..., : vae.spec.stride[2]])
+
+
+def test_a_buffer_that_is_filled_again_and_again_is_not_taken_for_a_still_stream(vae: WanVAE) -> None:
+    chunks = [clip(vae, 1), *[torch.zeros_like(clip(vae, 4))] * 4, *(clip(vae, 4, seed=seed) for seed in range(3))]
+    expected = unwatched(vae.encode_session(), tuple(chunks))
+    session, buffer, made = vae.encode_session(), torch.empty_like(clip(vae, 4)), [None] * 0
+    for chunk in chunks:
+        part = buffer[:, :, : chunk.shape[2]].copy_(chunk)
+        made.append(session.push(part))
+    assert torch.equal(torch.cat(made, 2), expected)
 
 
 def test_moments_of_a_chunk_are_those_of_the_clip(vae: WanVAE) -> None:
@@ -147,5 +171,5 @@ def test_every_layer_of_either_half_has_its_own_memory(vae: WanVAE) -> None:
 
 def unwatched(session: object, chunks: tuple[Tensor, ...]) -> Tensor:
     """The stream with every block computed for every chunk."""
-    session.state.watch = lambda chunk: None  # type: ignore[attr-defined]
+    session.state.watch = lambda chunk: chunk  # type: ignore[attr-defined]
     return torch.cat([session.push(chunk) for chunk in chunks], 2)  # type: ignore[attr-defined]

@@ -55,10 +55,11 @@ class Convolution:
         return convolve(joined, weight, layer.bias, padding=padding)
 
 
-def resolve_backend(asked: str, device: torch.device, dtype: torch.dtype, weights: int) -> str:
+def resolve_backend(asked: str, device: torch.device, dtype: torch.dtype, weights: int, kept: int = 0) -> str:
     """The backend to use: what was asked for, and for "auto" what is fastest on this device and has room there.
 
     weights: bytes of the layers that Winograd's algorithm suits
+    kept: bytes of transformed filters that it holds already
     ValueError for an unknown name, or for "winograd" where it cannot run.
     """
     if asked not in BACKENDS:
@@ -71,7 +72,7 @@ def resolve_backend(asked: str, device: torch.device, dtype: torch.dtype, weight
         return asked
     if device.type == "mps" or (device.type == "cuda" and torch.version.hip):
         return "conv2d"
-    return "winograd" if able and weights and free_memory() >= ROOM * min(BUDGET, GROWTH * weights) else "direct"
+    return "winograd" if able and weights and free_memory() + kept >= ROOM * min(BUDGET, GROWTH * weights) else "direct"
 
 
 def convolve(

@@ -41,10 +41,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         dim = self.gamma.shape[0]
-        square_B1THW = x_BCTHW.to(torch.promote_types(x_BCTHW.dtype, torch.float32)).square().sum(dim=1, keepdim=True)
-        scale_B1THW = math.sqrt(dim) * square_B1THW.clamp_min(1e-24).rsqrt()
+        wide_BCTHW = x_BCTHW.to(torch.promote_types(x_BCTHW.dtype, torch.float32))
+        scale_B1THW = math.sqrt(dim) * wide_BCTHW.square().sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt()
         gamma_C111 = self.gamma.view(dim, 1, 1, 1)
-        scaled_BCTHW = x_BCTHW * scale_B1THW.to(x_BCTHW.dtype)
+        scaled_BCTHW = (wide_BCTHW * scale_B1THW).to(x_BCTHW.dtype)
         return scaled_BCTHW * gamma_C111 if torch.is_grad_enabled() else scaled_BCTHW.mul_(gamma_C111)
 
 
@@ -56,9 +56,9 @@ def normed(norm: RMSNorm, x_BCTHW: Tensor) -> Tensor:
     made_BTHWC = torch.empty_like(x_BTHWC)
     rows = max(1, PIECE // x_BTHWC.shape[-1])
     for x_NC, made_NC in zip(x_BTHWC.flatten(0, 3).split(rows), made_BTHWC.flatten(0, 3).split(rows), strict=True):
-        square_N1 = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32)).square().sum(dim=1, keepdim=True)
-        scale_N1 = (math.sqrt(x_NC.shape[1]) * square_N1.clamp_min(1e-24).rsqrt()).to(x_NC.dtype)
-        F.silu(torch.mul(x_NC, scale_N1, out=made_NC).mul_(norm.gamma.flatten()), inplace=True)
+        wide_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
+        scale_N1 = math.sqrt(x_NC.shape[1]) * wide_NC.square().sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt()
+        F.silu(made_NC.copy_(wide_NC * scale_N1).mul_(norm.gamma.flatten()), inplace=True)
     return made_BTHWC.permute(0, 4, 1, 2, 3)
 
 

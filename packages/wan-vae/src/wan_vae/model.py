@@ -28,6 +28,8 @@ from .sessions import DecodeSession, EncodeSession
 from .stream import Shard, StreamState
 from .winograd import Winograd
 
+HALVES = ("encoder", "decoder")
+
 
 class WanVAE(Pretrained):
     """A causal video VAE.
@@ -58,22 +60,35 @@ class WanVAE(Pretrained):
     @property
     def backend(self) -> str:
         """How convolutions are computed here: "direct", "winograd" or "conv2d"; set it to one of them, or to "auto"."""
-        return self._resolve(self._backend)
+        found = {self._resolve(half) for half in HALVES}
+        return "winograd" if "winograd" in found else found.pop()
 
     @backend.setter
     def backend(self, name: str) -> None:
-        self._resolve(name)
-        self._backend = name
+        before, self._backend = self._backend, name
+        try:
+            resolved = self.backend
+        except ValueError:
+            self._backend = before
+            raise
+        if resolved != "winograd":
+            self._winograd.drop(self.modules())
 
     def backend_on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """What "auto" would choose on another device."""
-        return self._resolve("auto", device, dtype)
+        return resolve_backend("auto", device, dtype, self._suited(), self._winograd.bytes_kept)
 
-    def _resolve(self, backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str:
-        weight = self.last_layer
+    def _resolve(self, half: str) -> str:
+        """The backend of "encoder" or "decoder": their types may differ, and one of them may be able to do what is asked."""
+        weights = {"encoder": self.quant_conv.weight, "decoder": self.last_layer}
+        able = [name for name, weight in weights.items() if weight.dtype == torch.float32]
+        asked = "direct" if self._backend == "winograd" and able and half not in able else self._backend
+        return resolve_backend(asked, weights[half].device, weights[half].dtype, self._suited(), self._winograd.bytes_kept)
+
+    def _suited(self) -> int:
+        """Bytes of the layers that Winograd's algorithm suits."""
         convs = [module for module in self.modules() if isinstance(module, nn.Conv2d | nn.Conv3d)]
-        suited = sum(conv.weight.nbytes for conv in convs if self._winograd.takes(conv))
-        return resolve_backend(backend, device or weight.device, dtype or weight.dtype, suited)
+        return sum(conv.weight.nbytes for conv in convs if self._winograd.takes(conv))
 
     def set_precision(self, *, encode: torch.dtype | None = None, decode: torch.dtype | None = None) -> Self:
         """Compute either half in another type; norms stay in fp32. On a GPU `from_pretrained` sets fp32 and bf16.
@@ -111,10 +126,10 @@ class WanVAE(Pretrained):
         """What computes the convolutions of "encoder" or "decoder"; transformed filters of the other half make room."""
         other = self.decoder if half == "encoder" else self.encoder
         self._winograd.drop(other.modules())
-        return self._convolution()
+        return self._convolution(half)
 
-    def _convolution(self) -> Convolution:
-        backend = self.backend
+    def _convolution(self, half: str) -> Convolution:
+        backend = self._resolve(half)
         return Convolution(backend, self._winograd if backend == "winograd" else None)
 
     @torch.no_grad()
@@ -153,7 +168,7 @@ class WanVAE(Pretrained):
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents, before normalisation; differentiable."""
         self.check_video(video)
-        return self.encode_step(video, StreamState(carry=False, convolution=self._convolution()))
+        return self.encode_step(video, StreamState(carry=False, convolution=self._convolution("encoder")))
 
     def reconstruct(self, video: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`(video, mean, logvar)`: the reconstruction, unclamped, and the moments; differentiable.
@@ -165,7 +180,7 @@ class WanVAE(Pretrained):
         if self.training or generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else mean.device)
             latents = mean + noise.to(mean) * torch.exp(0.5 * logvar.clamp(-30, 20))
-        state = StreamState(carry=False, convolution=self._convolution())
+        state = StreamState(carry=False, convolution=self._convolution("decoder"))
         return self.decode_step(latents, state), mean, logvar
 
     @torch.no_grad()
@@ -257,6 +272,10 @@ class WanVAE(Pretrained):
         time, height, width = self.config.stride
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"video is {tuple(video.shape)}, expected [B, 3, T, H, W]")
+        if not video.is_floating_point():
+            raise ValueError(
+                f"video is {str(video.dtype).removeprefix('torch.')}, expected numbers in [-1, 1]: divide by 127.5 and subtract 1"
+            )
         frames = video.shape[2]
         if started and (frames == 0 or frames % time):
             raise ValueError(f"a later chunk has {frames} frames, expected a multiple of {time}")
@@ -289,5 +308,6 @@ def spec_of(config: VAEConfig, name: str | None = None) -> VAESpec:
 
 @lru_cache(maxsize=16)
 def _statistics(config: VAEConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    center = torch.tensor(config.latents_mean or (0.0,) * config.z_dim, device=device, dtype=dtype)
-    return center.view(1, -1, 1, 1, 1), torch.tensor(config.latents_std, device=device, dtype=dtype).view(1, -1, 1, 1, 1)
+    with torch.inference_mode(False):  # what is kept must be of use to those who need gradients, too
+        center = torch.tensor(config.latents_mean or (0.0,) * config.z_dim, device=device, dtype=dtype)
+        return center.view(1, -1, 1, 1, 1), torch.tensor(config.latents_std, device=device, dtype=dtype).view(1, -1, 1, 1, 1)

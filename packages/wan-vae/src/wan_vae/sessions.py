@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .convolution import Convolution
+from .layers import CausalConv
+from .resample import Downsample
 from .stream import Shard, StreamState
 
 if TYPE_CHECKING:
@@ -43,13 +45,17 @@ class Session:
             raise ValueError("a session of a shard of the picture cannot be compiled: leave out compile or shard")
         self.vae = vae
         self.state = StreamState(convolution=vae.convolution(self.half), shard=shard)
+        self._size: tuple[int, ...] | None = None
         self._compiled = None if compile is None else torch.compile(step, fullgraph=True, **compile)
 
     def _step(self, x: Tensor) -> Any:
-        """One chunk through the half; the state moves on."""
+        """One chunk through the half; the state moves on. ValueError where the stream changes its size."""
+        size = (len(x), *x.shape[3:])
+        if self._size not in (None, size):
+            raise ValueError(f"the stream has batch, height and width {self._size}, this chunk {size}: start another session")
+        self._size = size
         if self._compiled is None:
-            self.state.watch(x)
-            made = getattr(self.vae, STEPS[self.half])(x, self.state)
+            made = getattr(self.vae, STEPS[self.half])(self.state.watch(x), self.state)
         else:
             made, history = self._compiled(self.vae, STEPS[self.half], x, self.state.history, self.state.started)
             self.state.history = {name: value.clone() for name, value in history.items()}  # the next run writes over its outputs
@@ -71,14 +77,28 @@ class Session:
         history = {f"{HISTORY}{name}": value.contiguous() for name, value in self.state.history.items()}
         return {STARTED: torch.tensor(self.state.started), **history}
 
+    def _memories(self) -> dict[str, tuple[int]]:
+        """Every layer of the half that remembers frames, and its channels."""
+        memories = {}
+        for name, module in self.vae.named_modules():
+            if name.startswith(f"{self.half}."):
+                if isinstance(module, CausalConv) and module.kernel_size[0] > 1:
+                    memories[name] = (module.in_channels,)
+                if isinstance(module, Downsample) and module.time_conv is not None:
+                    memories[name] = (module.time_conv.in_channels,)
+        return memories
+
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Go on where another session of the same model stood. ValueError where the state is of another model or half."""
-        names = {key.removeprefix(HISTORY) for key in saved if key.startswith(HISTORY)}
-        layers = dict(self.vae.named_modules())
-        strange = {name for name in names if name not in layers or not name.startswith(f"{self.half}.")}
-        if STARTED not in saved or strange or len(names) + 1 != len(saved):
-            raise ValueError(f"not a state of this model's {self.half}: {', '.join(sorted(strange)[:3]) or 'tensors are missing or extra'}")
-        self.state.history = {name: saved[f"{HISTORY}{name}"].clone() for name in names}
+        found = {key.removeprefix(HISTORY): value for key, value in saved.items() if key.startswith(HISTORY)}
+        expected = self._memories() if STARTED in saved and bool(saved[STARTED]) else {}
+        wrong = {name for name in expected.keys() | found.keys() if name not in found or found[name].shape[1:2] != expected.get(name, ())}
+        strange = sorted(found.keys() - expected.keys()) or sorted(wrong)
+        if STARTED not in saved or wrong or len(found) + 1 != len(saved):
+            raise ValueError(f"not a state of this model's {self.half}: {', '.join(strange[:3]) or 'tensors are missing or extra'}")
+        weight = next(getattr(self.vae, self.half).parameters())
+        self.state.history = {name: value.to(weight.device, weight.dtype, copy=True) for name, value in found.items()}
+        self._size = None
         self.state.started = bool(saved[STARTED])
         self.state.last, self.state.held = None, False
         self.state.traces.clear()

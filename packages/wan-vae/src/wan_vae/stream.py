@@ -83,26 +83,28 @@ class StreamState:
         past = self.recall(layer, x_BCTHW, frames)
         return x_BCTHW if past is None else torch.cat([past, x_BCTHW], dim=2)
 
-    def watch(self, chunk: Tensor) -> None:
-        """Note whether `chunk` repeats the last one to the bit, as the tail of a still image or of padding does.
+    def watch(self, chunk: Tensor) -> Tensor:
+        """The chunk, in a copy of our own, having noted whether it repeats the last one to the bit, as a still tail does.
 
         Not where a picture is shared: a process that leaves a block out would leave the neighbours waiting for its rows.
         """
         if self.shard is not None:
-            return
+            return chunk
         self.held = self.started and self.last is not None and self.last.shape == chunk.shape and torch.equal(self.last, chunk)
-        self.last = chunk
         if not self.held:
+            self.last = chunk.clone()  # the caller may fill the same tensor again
             self.traces.clear()
+        assert self.last is not None
+        return self.last
 
     def run(self, block: nn.Module, x_BCTHW: Tensor) -> Tensor:
         """`block(x, state)`; while the stream repeats itself, the last output where neither input nor memory has changed.
 
         Equal to the bit: the same computation on the same numbers is left out.
         """
-        if not self.held:
+        slot: str | None = getattr(block, "slot", None)  # a block that was put in later has none
+        if not self.held or slot is None:
             return block(x_BCTHW, self)  # type: ignore[no-any-return]
-        slot: str = block.slot  # type: ignore[assignment]
         trace = self.traces.get(slot)
         if trace is not None and trace.settled and torch.equal(trace.given, x_BCTHW):
             self.skipped += 1

@@ -11,7 +11,8 @@ of tiles, N = h * w tiles of a band.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,16 +30,17 @@ SPACE = torch.tensor(
 )
 TIME = torch.tensor([[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]], dtype=torch.float64)
 TAPS = {"taps": 3, "pairs": 4, "last": 1}
+SAMPLE = 256  # numbers of a filter that tell whether it is still the one that was transformed
 EVERYWHERE = 7  # the product whose weight is 1 in every output of a tile: a bias added there reaches all 16
 
 
 @dataclass
 class Kept:
-    """The transformed filters of a layer, by variant, and the pixels a chunk that they serve."""
+    """The transformed filters of a layer, by variant, of which weights they are, and the pixels a chunk that they serve."""
 
-    version: int
-    pixels: int
-    variants: dict[str, Tensor]
+    weights: Tensor
+    pixels: int = 0
+    variants: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -56,6 +58,7 @@ class Winograd:
     def __init__(self, budget: int = BUDGET, min_channels: int = MIN_CHANNELS) -> None:
         self.budget, self.min_channels = budget, min_channels
         self._kept: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
+        self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[Winograd], tuple[int, int]]:
         """A copy, or what is unpickled, starts without filters: they belong to the layers they were made of."""
@@ -77,27 +80,33 @@ class Winograd:
         variant: "taps" for each temporal tap, "pairs" for two frames at a time, "last" for the present frame alone
         pixels: of a chunk; filters that serve fewer make room
         """
-        kept = self._kept.get(layer)
-        if kept is None or kept.version != layer.weight._version:
-            kept = Kept(layer.weight._version, 0, {})
-            self._kept.pop(layer, None)
-        if variant == "last":
-            for whole in ("taps", "pairs"):
-                if whole in kept.variants:
-                    return kept.variants[whole][-1:]
-        if variant not in kept.variants:
-            taps = 1 if layer.weight.ndim == 4 else TAPS[variant]
-            if not self._make_room(4 * taps * 36 * layer.in_channels * layer.out_channels, pixels, layer):
-                return None
-            if variant != "last":
-                kept.variants.pop("last", None)
-            kept.variants[variant] = transform_filters(layer.weight.detach(), variant)
-            self._kept[layer] = kept
-        kept.pixels = max(kept.pixels, pixels)
-        return kept.variants[variant]
+        sample = _sample(layer.weight)
+        with self._lock:
+            kept = self._kept.get(layer)
+            if kept is None or not torch.equal(kept.weights, sample):
+                self._kept.pop(layer, None)
+                kept = Kept(sample)
+            if variant == "last":
+                for whole in ("taps", "pairs"):
+                    if whole in kept.variants:
+                        return kept.variants[whole][-1:]
+            if variant not in kept.variants:
+                taps = 1 if layer.weight.ndim == 4 else TAPS[variant]
+                if not self._make_room(4 * taps * 36 * layer.in_channels * layer.out_channels, pixels, layer):
+                    return None
+                if variant != "last":
+                    kept.variants.pop("last", None)
+                kept.variants[variant] = transform_filters(layer.weight.detach(), variant)
+                self._kept[layer] = kept
+            kept.pixels = max(kept.pixels, pixels)
+            return kept.variants[variant]
 
     def drop(self, layers: Iterable[nn.Module]) -> None:
         """Forget the filters of these layers."""
+        with self._lock:
+            self._forget(layers)
+
+    def _forget(self, layers: Iterable[nn.Module]) -> None:
         for layer in layers:
             self._kept.pop(layer, None)
 
@@ -111,7 +120,7 @@ class Winograd:
                 room += self._kept[other].bytes
                 freed.append(other)
         if room >= 0:
-            self.drop(freed)
+            self._forget(freed)
         return room >= 0
 
     def convolve(self, layer: nn.Conv2d | nn.Conv3d, frames: Sequence[Tensor], rows: int = 1) -> Tensor | None:
@@ -135,6 +144,11 @@ class Winograd:
             for t, m_PNO in enumerate(_PRODUCTS[variant](transformed, filters_TPCO, layer.bias)):
                 _untransform(m_PNO, y_ThrwrO[t, top:bottom])
         return y_ThrwrO.view(new, TILE * h, TILE * w, -1)[:, :height, :width]
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Numbers of `weight` from all over it: whatever way weights are changed or replaced, some of these change."""
+    return weight.detach().flatten()[:: max(1, weight.numel() // SAMPLE)].clone()
 
 
 def transform_filters(weight: Tensor, variant: str = "taps") -> Tensor:

@@ -61,6 +61,8 @@ def _encode(args: argparse.Namespace) -> None:
 
     source = probe(args.video, fps=args.fps)  # before a codec is loaded, or fetched
     output = output_path(args, Path(args.video), ".safetensors")
+    if output.suffix != ".safetensors":
+        raise ValueError(f"a latent file is named .safetensors, got '{output}'")
     spec = find_vae(args.codec or "tiny")
     vae = load(spec, args, default_dtype=torch.float32)
     if not args.codec:
