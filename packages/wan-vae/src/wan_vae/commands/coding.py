@@ -61,7 +61,7 @@ def _encode(args: argparse.Namespace) -> None:
 
     source = probe(args.video, fps=args.fps)  # before a codec is loaded, or fetched
     output = output_path(args, Path(args.video), ".safetensors")
-    if output.suffix != ".safetensors":
+    if output.suffix != ".safetensors" and not output.is_dir():  # a folder is refused by what it is
         raise ValueError(f"a latent file is named .safetensors, got '{output}'")
     spec = find_vae(args.codec or "tiny")
     vae = load(spec, args, default_dtype=torch.float32)
