@@ -185,6 +185,15 @@ def test_statistics_met_in_inference_mode_serve_gradients_too() -> None:
     assert mean.grad is not None
 
 
+def test_filters_with_the_channels_last_compute_the_same() -> None:
+    vae, video = small(), clip(small(), 9)
+    expected = vae.encode(video)
+    vae.spread_channels()
+    assert vae.last_layer.is_contiguous(memory_format=torch.channels_last_3d)
+    assert difference(vae.encode(video), expected) <= TOLERANCE
+    assert difference(vae.decode(expected), small().decode(expected)) <= TOLERANCE
+
+
 def test_integers_are_refused() -> None:
     with pytest.raises(ValueError, match="uint8, expected numbers in"):
         small().encode(torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
