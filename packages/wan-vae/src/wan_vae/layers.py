@@ -58,7 +58,8 @@ def normed(norm: RMSNorm, x_BCTHW: Tensor) -> Tensor:
     for x_NC, made_NC in zip(x_BTHWC.flatten(0, 3).split(rows), made_BTHWC.flatten(0, 3).split(rows), strict=True):
         wide_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
         scale_N1 = math.sqrt(x_NC.shape[1]) * wide_NC.square().sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt()
-        F.silu(made_NC.copy_(wide_NC * scale_N1).mul_(norm.gamma.flatten()), inplace=True)
+        scaled_NC = torch.mul(wide_NC, scale_N1, out=made_NC) if wide_NC is x_NC else made_NC.copy_(wide_NC * scale_N1)
+        F.silu(scaled_NC.mul_(norm.gamma.flatten()), inplace=True)
     return made_BTHWC.permute(0, 4, 1, 2, 3)
 
 
