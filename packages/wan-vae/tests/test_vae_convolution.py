@@ -21,7 +21,8 @@ from wan_vae.convolution import Convolution, resolve_backend
 from wan_vae.layers import CausalConv
 from wan_vae.model import WanVAE
 from wan_vae.testing import difference, randomise
-from wan_vae.winograd import Winograd, transform_filters
+from wan_vae.transformed_filters import transform_filters
+from wan_vae.winograd import Winograd
 
 TOLERANCE = 2e-5
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -81,19 +82,34 @@ def test_frames_in_the_layer_of_an_upsampler_are_convolved_one_by_one() -> None:
         assert difference(by(backend)(conv, x, None, 1), expected) <= TOLERANCE
 
 
+@torch.no_grad()
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.tuples(*[st.integers(1, 5)] * 3, *[st.integers(1, 19)] * 2), batch=st.integers(1, 2), spread=st.booleans())
+def test_a_doubled_picture_is_convolved_without_being_made(sizes: tuple[int, int, int, int, int], batch: int, spread: bool) -> None:
+    dim, out_dim, frames, height, width = sizes
+    conv, x = nn.Conv2d(dim, out_dim, 3, padding=1), torch.randn(batch, dim, frames, height, width)
+    randomise(conv, sum(sizes))
+    if spread:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    wide = x.double().repeat_interleave(2, 3).repeat_interleave(2, 4)
+    expected = F.conv3d(wide, conv.weight.double().unsqueeze(2), conv.bias.double(), padding=(0, 1, 1))
+    for backend in ("direct", "winograd", "conv2d"):
+        assert difference(by(backend).doubled(conv, x).double(), expected) <= TOLERANCE
+
+
 def test_filters_are_kept_within_the_budget_and_larger_pictures_come_first() -> None:
     size = 4 * 4 * 36 * 8 * 8
     winograd = Winograd(budget=2 * size, min_channels=1)
     small, middle, large = layer(8, 8), layer(8, 8), layer(8, 8)
-    assert winograd.filters(small, "pairs", 10) is not None
-    assert winograd.filters(middle, "pairs", 20) is not None
-    assert winograd.bytes_kept == 2 * size
-    assert winograd.filters(large, "pairs", 30) is not None  # takes the place of `small`
-    assert winograd.filters(small, "pairs", 10) is None
-    assert winograd.bytes_kept == 2 * size
-    assert winograd.filters(middle, "pairs", 20) is winograd.filters(middle, "pairs", 20)
-    winograd.drop([middle])
-    assert winograd.bytes_kept == size
+    assert winograd.filters.of(small, "pairs", 10) is not None
+    assert winograd.filters.of(middle, "pairs", 20) is not None
+    assert winograd.filters.bytes_kept == 2 * size
+    assert winograd.filters.of(large, "pairs", 30) is not None  # takes the place of `small`
+    assert winograd.filters.of(small, "pairs", 10) is None
+    assert winograd.filters.bytes_kept == 2 * size
+    assert winograd.filters.of(middle, "pairs", 20) is winograd.filters.of(middle, "pairs", 20)
+    winograd.filters.drop([middle])
+    assert winograd.filters.bytes_kept == size
 
 
 @torch.no_grad()
@@ -131,9 +147,9 @@ def test_other_backends_give_the_memory_of_the_filters_back() -> None:
     vae = WanVAE(TINY).eval()
     vae.backend, vae._winograd = "winograd", Winograd(min_channels=1)
     vae.encode(torch.zeros(1, 3, 5, 16, 16))
-    assert vae._winograd.bytes_kept > 0
+    assert vae._winograd.filters.bytes_kept > 0
     vae.backend = "direct"
-    assert vae._winograd.bytes_kept == 0
+    assert vae._winograd.filters.bytes_kept == 0
 
 
 def test_a_half_in_bf16_leaves_the_other_to_winograd() -> None:
@@ -141,15 +157,15 @@ def test_a_half_in_bf16_leaves_the_other_to_winograd() -> None:
     vae.backend, vae._winograd = "winograd", Winograd(min_channels=1)
     vae.set_precision(decode=torch.bfloat16)
     latents = vae.encode(torch.zeros(1, 3, 5, 16, 16))
-    assert vae._winograd.bytes_kept > 0
+    assert vae._winograd.filters.bytes_kept > 0
     assert vae.decode(latents).dtype == torch.bfloat16
-    assert vae._winograd.bytes_kept == 0
+    assert vae._winograd.filters.bytes_kept == 0
 
 
 def test_the_present_frame_alone_uses_the_filters_of_the_stream() -> None:
     conv, winograd = layer(8, 8), Winograd(min_channels=1)
-    pairs = winograd.filters(conv, "pairs", 64)
-    last = winograd.filters(conv, "last", 64)
+    pairs = winograd.filters.of(conv, "pairs", 64)
+    last = winograd.filters.of(conv, "last", 64)
     assert pairs is not None
     assert last is not None
     assert last.data_ptr() == pairs[-1:].data_ptr()
@@ -163,9 +179,9 @@ def test_gradients_are_computed_directly() -> None:
     video = (torch.rand(1, 3, 5, 16, 16) * 2 - 1).requires_grad_()
     (slope,) = torch.autograd.grad(vae.reconstruct(video)[0].square().mean(), video)
     assert slope.abs().max() > 0
-    assert vae._winograd.bytes_kept == 0
+    assert vae._winograd.filters.bytes_kept == 0
     vae.encode(video.detach())
-    assert vae._winograd.bytes_kept > 0
+    assert vae._winograd.filters.bytes_kept > 0
 
 
 def test_auto_is_winograd_where_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +212,7 @@ def test_copies_and_pickles_of_a_model_start_without_filters(tmp_path: Path) -> 
     latents = vae.encode(video)
     torch.save(vae, tmp_path / "vae.pth")
     for other in (copy.deepcopy(vae), torch.load(tmp_path / "vae.pth", weights_only=False)):
-        assert other._winograd.bytes_kept == 0
+        assert other._winograd.filters.bytes_kept == 0
         assert torch.equal(other.encode(video), latents)
 
 

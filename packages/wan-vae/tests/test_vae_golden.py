@@ -109,7 +109,7 @@ def test_first_frame_as_history_of_the_upsampler_would_be_noticed(case: Case, mo
 
     def remember_first(self: Upsample, time_conv: CausalConv, x: Tensor, state: StreamState) -> Tensor:
         made = right(self, time_conv, x, state)
-        if not state.started:
+        if not state.started and state.carry:
             state.history[time_conv.slot][:, :, -1:] = x[:, :, :1]
         return made
 

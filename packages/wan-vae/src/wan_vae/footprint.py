@@ -27,9 +27,9 @@ from .convolution import Convolution
 from .model import WanVAE
 from .stream import StreamState
 from .tiles import Half
-from .winograd import BAND, BUDGET, TILE, Winograd
+from .transformed_filters import BUDGET, PRODUCTS
+from .winograd import BAND, DOUBLED, PLAIN, TILE, Winograd
 
-PRODUCTS = 36  # of a tile of Winograd's
 WASTE = {"cpu": 1.45, "cuda": 1.25}  # what the allocator takes for what is asked of it, weights apart
 LIBRARIES = 20_000_000  # bytes of code and buffers that kernels bring along
 HELD = 6  # transformed bands of the input that are alive at once, and half as many of the output
@@ -83,7 +83,7 @@ class CountedConvolution(Convolution):
     filters: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, layer: nn.Conv2d | nn.Conv3d, x_BCTHW: Tensor, past_BCTHW: Tensor | None, rows: int) -> Tensor:
-        if self.backend == "winograd" and self.winograd is not None and self.winograd.takes(layer):
+        if self._suited(layer, x_BCTHW):
             return self._transformed(layer, x_BCTHW, past_BCTHW)
         made = super().__call__(layer, x_BCTHW, past_BCTHW, rows)
         if self.cpu and layer.kernel_size[-1] > 1:  # oneDNN works on copies of its own layout
@@ -92,21 +92,28 @@ class CountedConvolution(Convolution):
             del copies
         return made
 
-    def _transformed(self, layer: nn.Conv2d | nn.Conv3d, x_BCTHW: Tensor, past_BCTHW: Tensor | None) -> Tensor:
-        batch, _, frames, height, width = x_BCTHW.shape
-        joined = frames + (2 if layer.weight.ndim == 5 and frames > 1 else 0)
-        taps = 1 if layer.weight.ndim == 4 else 4 if frames % 2 == 0 else 3
-        size = 4 * taps * PRODUCTS * layer.in_channels * layer.out_channels
+    def doubled(self, layer: nn.Conv2d, x_BCTHW: Tensor) -> Tensor:
+        return self._transformed(layer, x_BCTHW, None, doubled=True) if self._suited(layer, x_BCTHW) else super().doubled(layer, x_BCTHW)
+
+    def _suited(self, layer: nn.Conv2d | nn.Conv3d, x_BCTHW: Tensor) -> Winograd | None:
+        return self.winograd if self.backend == "winograd" and self.winograd is not None and self.winograd.takes(layer) else None
+
+    def _transformed(self, layer: nn.Conv2d | nn.Conv3d, x_BCTHW: Tensor, past_BCTHW: Tensor | None, doubled: bool = False) -> Tensor:
+        form, (batch, _, frames, height, width) = DOUBLED if doubled else PLAIN, x_BCTHW.shape
+        single = layer.weight.ndim == 4 or frames == 1
+        variant = "doubled" if doubled else "last" if single else "pairs" if frames % 2 == 0 else "taps"
         slot: str = layer.slot  # type: ignore[assignment]
+        size = 4 * PRODUCTS[variant] * layer.in_channels * layer.out_channels
         self.filters[slot] = max(size, self.filters.get(slot, 0))
-        h, w = -(-height // TILE), -(-width // TILE)
+        h, w = -(-height // form.step), -(-width // form.step)
         past = None if past_BCTHW is None else past_BCTHW.permute(2, 3, 4, 1, 0).contiguous()
-        copy, padded = (x_BCTHW.new_empty(n, TILE * h + 2, TILE * w + 2, layer.in_channels) for n in (frames, joined))
+        copy = x_BCTHW.permute(2, 3, 4, 1, 0).contiguous()
         made = x_BCTHW.new_empty(batch, frames, TILE * h, TILE * w, layer.out_channels)
         tiles = min(h, max(1, round(BAND / w))) * w
-        band = x_BCTHW.new_empty(PRODUCTS, tiles, HELD * layer.in_channels + HELD // 2 * layer.out_channels)
-        del past, copy, padded, band
-        return made.permute(0, 4, 1, 2, 3)[..., :height, :width]
+        band = x_BCTHW.new_empty(form.combinations**2, tiles, HELD * layer.in_channels + HELD // 2 * layer.out_channels)
+        del past, copy, band
+        scale = TILE // form.step
+        return made.permute(0, 4, 1, 2, 3)[..., : scale * height, : scale * width]
 
 
 @dataclass(frozen=True)

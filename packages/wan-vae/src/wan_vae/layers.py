@@ -48,12 +48,15 @@ class RMSNorm(nn.Module):
         return scaled_BCTHW * gamma_C111 if torch.is_grad_enabled() else scaled_BCTHW.mul_(gamma_C111)
 
 
-def normed(norm: RMSNorm, x_BCTHW: Tensor) -> Tensor:
-    """Norm and SiLU; without gradients on a CPU, and with the channels last, a piece at a time that stays in the cache."""
+def normed(norm: RMSNorm, x_BCTHW: Tensor, *, spent: bool = False) -> Tensor:
+    """Norm and SiLU; without gradients on a CPU, and with the channels last, a piece at a time that stays in the cache.
+
+    spent: nobody reads `x` again, so it may be overwritten
+    """
     x_BTHWC = x_BCTHW.permute(0, 2, 3, 4, 1)
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x_BCTHW.is_cpu or not x_BTHWC.is_contiguous():
         return F.silu(norm(x_BCTHW))
-    made_BTHWC = torch.empty_like(x_BTHWC)
+    made_BTHWC = x_BTHWC if spent else torch.empty_like(x_BTHWC)
     rows = max(1, PIECE // x_BTHWC.shape[-1])
     for x_NC, made_NC in zip(x_BTHWC.flatten(0, 3).split(rows), made_BTHWC.flatten(0, 3).split(rows), strict=True):
         wide_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
@@ -76,7 +79,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
         h_BCTHW = self.conv1(normed(self.norm1, x_BCTHW), state)
-        h_BCTHW = self.conv2(normed(self.norm2, h_BCTHW), state)
+        h_BCTHW = self.conv2(normed(self.norm2, h_BCTHW, spent=True), state)
         shortcut_BCTHW = self.shortcut(x_BCTHW, state) if self.shortcut is not None else x_BCTHW
         return h_BCTHW + shortcut_BCTHW if torch.is_grad_enabled() else h_BCTHW.add_(shortcut_BCTHW)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -72,18 +72,18 @@ class WanVAE(Pretrained):
             self._backend = before
             raise
         if resolved != "winograd":
-            self._winograd.drop(self.modules())
+            self._winograd.filters.drop(self.modules())
 
     def backend_on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """What "auto" would choose on another device."""
-        return resolve_backend("auto", device, dtype, self._suited(), self._winograd.bytes_kept)
+        return resolve_backend("auto", device, dtype, self._suited(), self._winograd.filters.bytes_kept)
 
     def _resolve(self, half: str) -> str:
         """The backend of "encoder" or "decoder": their types may differ, and one of them may be able to do what is asked."""
         weights = {"encoder": self.quant_conv.weight, "decoder": self.last_layer}
         able = [name for name, weight in weights.items() if weight.dtype == torch.float32]
         asked = "direct" if self._backend == "winograd" and able and half not in able else self._backend
-        return resolve_backend(asked, weights[half].device, weights[half].dtype, self._suited(), self._winograd.bytes_kept)
+        return resolve_backend(asked, weights[half].device, weights[half].dtype, self._suited(), self._winograd.filters.bytes_kept)
 
     def _suited(self) -> int:
         """Bytes of the layers that Winograd's algorithm suits."""
@@ -132,7 +132,7 @@ class WanVAE(Pretrained):
     def convolution(self, half: str) -> Convolution:
         """What computes the convolutions of "encoder" or "decoder"; transformed filters of the other half make room."""
         other = self.decoder if half == "encoder" else self.encoder
-        self._winograd.drop(other.modules())
+        self._winograd.filters.drop(other.modules())
         return self._convolution(half)
 
     def _convolution(self, half: str) -> Convolution:
@@ -143,14 +143,13 @@ class WanVAE(Pretrained):
     def encode(self, video: Tensor) -> Tensor:
         """Video to normalised latents, the mean of the posterior. ValueError where T, H or W does not divide."""
         self.check_video(video)
-        first, *rest = video.split([1, *[self.config.stride[0]] * (video.shape[2] // self.config.stride[0])], dim=2)
-        return torch.cat(list(self.encode_stream([first, *rest])), dim=2)
+        return _whole(self.encode_session(), video.split([1, *[self.config.stride[0]] * (video.shape[2] // self.config.stride[0])], dim=2))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Normalised latents to video, clamped to [-1, 1]. The decoder draws no noise: `generator` is not used."""
         self.check_latents(latents)
-        return torch.cat(list(self.decode_stream(latents.split(1, dim=2))), dim=2)
+        return _whole(self.decode_session(), latents.split(1, dim=2))
 
     @torch.no_grad()
     def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -318,3 +317,11 @@ def _statistics(config: VAEConfig, device: torch.device, dtype: torch.dtype) -> 
     with torch.inference_mode(False):  # what is kept must be of use to those who need gradients, too
         center = torch.tensor(config.latents_mean or (0.0,) * config.z_dim, device=device, dtype=dtype)
         return center.view(1, -1, 1, 1, 1), torch.tensor(config.latents_std, device=device, dtype=dtype).view(1, -1, 1, 1, 1)
+
+
+def _whole(session: EncodeSession | DecodeSession, chunks: Sequence[Tensor]) -> Tensor:
+    """All chunks of a clip, of which the last leaves nothing to remember."""
+    *others, last = chunks
+    made = [session.push(chunk) for chunk in others]
+    session.state.carry = False
+    return torch.cat([*made, session.push(last)], dim=2)

@@ -52,11 +52,10 @@ class Upsample(nn.Module):
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
         if self.time_conv is not None:
             x_BCTHW = self._double_time(self.time_conv, x_BCTHW, state)
+        if state.shard is None:
+            return state.convolution.doubled(self.conv, x_BCTHW)
         x_BCTHW = F.interpolate(x_BCTHW, scale_factor=(1.0, 2.0, 2.0), mode="nearest-exact")
-        rows = 1
-        if state.shard is not None:
-            x_BCTHW, rows = state.shard.extend(x_BCTHW, rows, rows), 0
-        return state.convolution(self.conv, x_BCTHW, None, rows)
+        return state.convolution(self.conv, state.shard.extend(x_BCTHW, 1, 1), None, 0)
 
     def _double_time(self, time_conv: CausalConv, x_BCTHW: Tensor, state: StreamState) -> Tensor:
         bypass = 0 if state.started else 1

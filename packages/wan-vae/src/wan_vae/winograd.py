@@ -1,165 +1,75 @@
 """3x3x3 and 3x3 convolutions by Winograd's minimal filtering: a quarter to a sixth of the multiplications, on a CPU in fp32.
 
-In space F(4x4, 3x3): 16 outputs of a tile cost 36 products instead of 144. In time F(2, 3): two frames cost 4 products
-instead of 6. Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), with the points 0, 1, -1, 2, -2.
-Filters are transformed in float64 and kept in float32. No gradients.
+In space F(4x4, 3x3): 16 outputs of a tile cost 36 products instead of 144, and 25 where the picture is doubled by the nearest
+neighbour first, since one combination of repeated rows is zero. In time F(2, 3): two frames cost 4 products instead of 6.
+Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), with the points 0, 1, -1, 2, -2.
+No gradients.
 
-Shapes: T frames, H height, W width, C channels in, O channels out, P the 36 products of a tile, h and w rows and columns
-of tiles, N = h * w tiles of a band.
+Shapes: T frames, H height, W width, C channels in, O channels out, n combinations along an axis (6, doubled 5), P = n * n
+products of a tile, h and w rows and columns of tiles, N = h * w tiles of a band.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from threading import Lock
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .transformed_filters import BUDGET, TransformedFilters
+
 TILE = 4
 BAND = 200  # tiles at a time: what a transform writes is still in the cache when it is multiplied
-BUDGET = 1_000_000_000  # bytes of transformed filters kept at once
 MIN_CHANNELS = 64  # with fewer, the transforms cost more than the products save
-
-SPACE = torch.tensor(
-    [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
-    dtype=torch.float64,
-)
-TIME = torch.tensor([[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]], dtype=torch.float64)
-TAPS = {"taps": 3, "pairs": 4, "last": 1}
-SAMPLE = 256  # numbers of a filter that tell whether it is still the one that was transformed
-EVERYWHERE = 7  # the product whose weight is 1 in every output of a tile: a bias added there reaches all 16
-
-
-@dataclass
-class Kept:
-    """The transformed filters of a layer, by variant, of which weights they are, and the pixels a chunk that they serve."""
-
-    weights: Tensor
-    pixels: int = 0
-    variants: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        return sum(filters.nbytes for filters in self.variants.values())
 
 
 class Winograd:
-    """Runs convolutions, and keeps the transformed filters of as many layers as `budget` bytes hold.
+    """Runs convolutions by transformed filters, of which it keeps what `budget` bytes hold.
 
-    Layers of larger pictures come first, since a filter saves by the pixel and costs by its size.
     min_channels: layers with fewer channels, in or out, are left to others
     Example: `Winograd().convolve(layer, frames)`
     """
 
     def __init__(self, budget: int = BUDGET, min_channels: int = MIN_CHANNELS) -> None:
-        self.budget, self.min_channels = budget, min_channels
-        self._kept: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
-        self._lock = Lock()
+        self.filters, self.min_channels = TransformedFilters(budget), min_channels
 
     def __reduce__(self) -> tuple[type[Winograd], tuple[int, int]]:
         """A copy, or what is unpickled, starts without filters: they belong to the layers they were made of."""
-        return Winograd, (self.budget, self.min_channels)
-
-    @property
-    def bytes_kept(self) -> int:
-        """Size of the transformed filters that are kept."""
-        return sum(kept.bytes for kept in self._kept.values())
+        return Winograd, (self.filters.budget, self.min_channels)
 
     def takes(self, layer: nn.Conv2d | nn.Conv3d) -> bool:
         """Whether this layer has the shape for it."""
         wide = min(layer.in_channels, layer.out_channels) >= self.min_channels
         return wide and layer.kernel_size[-2:] == (3, 3) and layer.kernel_size[:-2] in ((), (3,)) and set(layer.stride) == {1}
 
-    def filters(self, layer: nn.Conv2d | nn.Conv3d, variant: str, pixels: int) -> Tensor | None:
-        """Transformed filters `[taps, P, C, O]`; None where keeping them would pass the budget.
-
-        variant: "taps" for each temporal tap, "pairs" for two frames at a time, "last" for the present frame alone
-        pixels: of a chunk; filters that serve fewer make room
-        """
-        sample = _sample(layer.weight)
-        with self._lock:
-            kept = self._kept.get(layer)
-            if kept is None or not torch.equal(kept.weights, sample):
-                self._kept.pop(layer, None)
-                kept = Kept(sample)
-            if variant == "last":
-                for whole in ("taps", "pairs"):
-                    if whole in kept.variants:
-                        return kept.variants[whole][-1:]
-            if variant not in kept.variants:
-                taps = 1 if layer.weight.ndim == 4 else TAPS[variant]
-                if not self._make_room(4 * taps * 36 * layer.in_channels * layer.out_channels, pixels, layer):
-                    return None
-                if variant != "last":
-                    kept.variants.pop("last", None)
-                kept.variants[variant] = transform_filters(layer.weight.detach(), variant)
-                self._kept[layer] = kept
-            kept.pixels = max(kept.pixels, pixels)
-            return kept.variants[variant]
-
-    def drop(self, layers: Iterable[nn.Module]) -> None:
-        """Forget the filters of these layers."""
-        with self._lock:
-            self._forget(layers)
-
-    def _forget(self, layers: Iterable[nn.Module]) -> None:
-        for layer in layers:
-            self._kept.pop(layer, None)
-
-    def _make_room(self, size: int, pixels: int, layer: nn.Module) -> bool:
-        lesser = sorted((kept.pixels, i, other) for i, (other, kept) in enumerate(self._kept.items()) if kept.pixels < pixels)
-        freed, room = [], self.budget - self.bytes_kept - size
-        for _, _, other in lesser:
-            if room >= 0:
-                break
-            if other is not layer:
-                room += self._kept[other].bytes
-                freed.append(other)
-        if room >= 0:
-            self._forget(freed)
-        return room >= 0
-
-    def convolve(self, layer: nn.Conv2d | nn.Conv3d, frames: Sequence[Tensor], rows: int = 1) -> Tensor | None:
-        """`frames` (T of them, `[H, W, C]`, with the history in front) to `[T', H', W, O]`; None where the budget is spent.
+    def convolve(self, layer: nn.Conv2d | nn.Conv3d, frames: Sequence[Tensor], rows: int = 1, *, doubled: bool = False) -> Tensor | None:
+        """`frames` (T of them, `[H, W, C]`, with the history in front) to `[T', H', W', O]`; None where the budget is spent.
 
         T' is T for a 2D layer and T - 2 for a 3D one, or 1 for a single frame, whose taps in the past meet zeros.
         rows: 1 pads height with zeros as width is padded, 0 takes the first and the last row as padding that is there
+        doubled: the frames are to be doubled in height and width by the nearest neighbour first; for 2D layers
         """
+        form = DOUBLED if doubled else PLAIN
         new = len(frames) - 2 if layer.weight.ndim == 5 and len(frames) > 1 else len(frames)
-        variant = "last" if len(frames) == new else "pairs" if new % 2 == 0 else "taps"
-        height, width = frames[0].shape[0] - 2 * (1 - rows), frames[0].shape[1]
-        filters_TPCO = self.filters(layer, variant, new * height * width)
+        variant = "doubled" if doubled else "last" if len(frames) == new else "pairs" if new % 2 == 0 else "taps"
+        height, width = ((size * TILE) // form.step for size in frames[0].shape[:2])
+        height -= 2 * (1 - rows)
+        filters_TPCO = self.filters.of(layer, variant, new * height * width)
         if filters_TPCO is None:
             return None
         h, w = -(-height // TILE), -(-width // TILE)
         y_ThrwrO = frames[0].new_empty(new, h, TILE, w, TILE, layer.out_channels)
         band = max(1, round(BAND / w))
+        wide_nhWC = frames[0].new_zeros(form.combinations, min(band, h), form.step * w + 2, layer.in_channels)
         for top in range(0, h, band):
             bottom = min(h, top + band)
-            transformed = (_transform(_window(frame, top, bottom, w, rows), bottom - top, w) for frame in frames)
-            for t, m_PNO in enumerate(_PRODUCTS[variant](transformed, filters_TPCO, layer.bias)):
-                _untransform(m_PNO, y_ThrwrO[t, top:bottom])
+            transformed = (_transform(frame, top, bottom, rows, wide_nhWC[:, : bottom - top], form) for frame in frames)
+            for t, m_PNO in enumerate(_MULTIPLY[variant](transformed, filters_TPCO, layer.bias)):
+                _untransform(m_PNO, y_ThrwrO[t, top:bottom], form)
         return y_ThrwrO.view(new, TILE * h, TILE * w, -1)[:, :height, :width]
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """Numbers of `weight` from all over it: whatever way weights are changed or replaced, some of these change."""
-    return weight.detach().flatten()[:: max(1, weight.numel() // SAMPLE)].clone()
-
-
-def transform_filters(weight: Tensor, variant: str = "taps") -> Tensor:
-    """Filters `[O, C, 3, 3]` or `[O, C, 3, 3, 3]` to `[taps, P, C, O]`: taps is 1, 3, or 4 for "pairs"."""
-    weight = weight.double() if weight.ndim == 5 else weight.double().unsqueeze(2)
-    if variant == "last":
-        weight = weight[:, :, -1:]
-    elif variant == "pairs":
-        weight = torch.einsum("ut,octij->ocuij", TIME, weight)
-    products = torch.einsum("ai,octij,bj->tabco", SPACE, weight, SPACE)
-    return products.flatten(1, 2).float().contiguous()
 
 
 def _one_by_one(v: Iterator[Tensor], filters_TPCO: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
@@ -191,38 +101,37 @@ def _by_pairs(v: Iterator[Tensor], filters_TPCO: Tensor, bias: Tensor | None) ->
         v0, v1 = v2, v3
 
 
-_PRODUCTS = {"last": _one_by_one, "taps": _by_taps, "pairs": _by_pairs}
+_MULTIPLY = {"last": _one_by_one, "doubled": _one_by_one, "taps": _by_taps, "pairs": _by_pairs}
 
 
 def _biased(m_PNO: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
-        m_PNO[EVERYWHERE] += bias
+        m_PNO[isqrt(len(m_PNO)) + 1] += bias  # combination 1 along both axes: its weight is 1 in all 16 outputs
     return m_PNO
 
 
-def _window(frame_HWC: Tensor, top: int, bottom: int, w: int, rows: int) -> Tensor:
-    """The rows that the tiles from `top` to `bottom` look at, with zeros where they reach beyond the frame."""
+def _transform(frame_HWC: Tensor, top: int, bottom: int, rows: int, wide_nhWC: Tensor, form: Form) -> Tensor:
+    """The combinations `[P, N, C]` of what the tiles from `top` to `bottom` look at; `wide`: zeros, whose border stays zero."""
     height, width = frame_HWC.shape[:2]
-    first, last = TILE * top - rows, TILE * bottom - rows + 2
+    first, last = form.step * top - rows, form.step * bottom - rows + 2
     inner = frame_HWC[max(0, first) : last]
-    return F.pad(inner, (0, 0, 1, TILE * w - width + 1, max(0, -first), max(0, last - height)))
+    if first < 0 or last > height:
+        inner = F.pad(inner, (0, 0, 0, 0, max(0, -first), max(0, last - height)))
+    looks = range(form.step + 2)
+    form.combine([inner[i : i + len(inner) - form.step - 1 : form.step] for i in looks], wide_nhWC[:, :, 1 : width + 1])
+    n, h, padded, channels = wide_nhWC.shape
+    v_nnhwC = frame_HWC.new_empty(n, n, h, (padded - 2) // form.step, channels)
+    form.combine([wide_nhWC[:, :, i : i + padded - form.step - 1 : form.step] for i in looks], v_nnhwC.transpose(0, 1))
+    return v_nnhwC.view(n * n, -1, channels)
 
 
-def _transform(frame_HWC: Tensor, h: int, w: int) -> Tensor:
-    """A padded band of a frame to the 36 combinations of each of its 6x6 windows, `[P, N, C]`."""
-    rows = frame_HWC.new_empty(6, h, *frame_HWC.shape[1:])
-    _combine([frame_HWC[i : i + TILE * h - 3 : TILE] for i in range(6)], rows)
-    v = frame_HWC.new_empty(6, 6, h, w, frame_HWC.shape[2])
-    _combine([rows[:, :, i : i + TILE * w - 3 : TILE] for i in range(6)], v.transpose(0, 1))
-    return v.view(36, h * w, -1)
-
-
-def _untransform(m_PNO: Tensor, y_hrwrO: Tensor) -> None:
-    """The 36 products of each tile to its 4x4 outputs."""
+def _untransform(m_PNO: Tensor, y_hrwrO: Tensor, form: Form) -> None:
+    """The products of each tile to its 4x4 outputs."""
     h, _, w, _, channels = y_hrwrO.shape
-    rows = m_PNO.new_empty(4, 6, h, w, channels)
-    _separate(m_PNO.view(6, 6, h, w, channels), rows)
-    _separate(rows.transpose(0, 1), [y_hrwrO[:, :, :, i].transpose(0, 1) for i in range(4)])
+    n = form.combinations
+    rows_rnhwO = m_PNO.new_empty(TILE, n, h, w, channels)
+    form.separate(m_PNO.view(n, n, h, w, channels), rows_rnhwO)
+    form.separate(rows_rnhwO.transpose(0, 1), [y_hrwrO[:, :, :, i].transpose(0, 1) for i in range(TILE)])
 
 
 def _combine(d: Sequence[Tensor], out: Tensor) -> None:
@@ -245,3 +154,39 @@ def _separate(m: Tensor, out: Tensor | Sequence[Tensor]) -> None:
     torch.add(difference1, difference2, alpha=2, out=out[1])
     torch.add(sum1.add_(sum2), m[0], out=out[0])
     torch.add(difference1.add_(difference2, alpha=8), m[5], out=out[3])
+
+
+def _combine_doubled(d: Sequence[Tensor], out: Tensor) -> None:
+    """Four inputs, each standing for two, to five combinations."""
+    step = torch.sub(d[1], d[2], out=out[2])
+    out[3] = step
+    torch.add(step, torch.sub(d[0], d[1]), alpha=4, out=out[0])
+    out[0].sub_(step, alpha=2)
+    torch.add(torch.mul(d[2], 2), d[1], alpha=-8, out=out[1])
+    torch.sub(d[3], d[2], out=out[4])
+    out[4].add_(step, alpha=4)
+
+
+def _separate_doubled(m: Tensor, out: Tensor | Sequence[Tensor]) -> None:
+    """Five products to four outputs."""
+    torch.add(m[0], m[1], out=out[0]).add_(m[2])
+    torch.add(m[1], m[3], alpha=2, out=out[1])
+    torch.add(m[1], m[2], alpha=4, out=out[2])
+    torch.add(m[1], m[3], alpha=8, out=out[3]).add_(m[4])
+
+
+@dataclass(frozen=True)
+class Form:
+    """How 4 outputs along an axis come of inputs.
+
+    step: inputs from one tile to the next, of step + 2 that it looks at
+    """
+
+    step: int
+    combinations: int
+    combine: Callable[[Sequence[Tensor], Tensor], None]
+    separate: Callable[[Tensor, Tensor | Sequence[Tensor]], None]
+
+
+PLAIN = Form(TILE, 6, _combine, _separate)
+DOUBLED = Form(TILE // 2, 5, _combine_doubled, _separate_doubled)
