@@ -1,4 +1,4 @@
-"""Ctrl-C and a full disk, in real child processes: one line, the right exit code, and nothing half-written."""
+"""Ctrl-C, termination and a full disk, in real child processes: one line, the right exit code, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from wan_vae import VideoCodec
 
 Film = Callable[..., Path]
 THIRD_PARTY = Path(__file__).parent / "third_party"
+ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(THIRD_PARTY)}
 
 
@@ -27,19 +28,24 @@ def sources(film: Film, tmp_path: Path) -> dict[str, Path]:
 
 
 def hears_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell may have started these tests deaf to it
+    for number in ENDS:  # a shell may have started these tests deaf to them
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(
-    ("command", "name", "before"),
+    ("command", "name", "before", "end"),
     [
-        ("encode", "a.safetensors", b"an older file"),
-        ("decode", "pictures", b""),
-        pytest.param("decode", "a.mkv", b"an older file", marks=pytest.mark.slow),
-        pytest.param("decode", "%d.png", b"", marks=pytest.mark.slow),
+        ("encode", "a.safetensors", b"an older file", signal.SIGINT),
+        ("encode", "a.safetensors", b"an older file", signal.SIGTERM),
+        ("decode", "a.mkv", b"", signal.SIGHUP),
+        ("decode", "pictures", b"", signal.SIGINT),
+        pytest.param("decode", "a.mkv", b"an older file", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("decode", "%d.png", b"", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
-def test_ctrl_c_leaves_nothing_and_keeps_what_was_there(film: Film, tmp_path: Path, command: str, name: str, before: bytes) -> None:
+def test_a_command_that_is_ended_leaves_nothing_and_keeps_what_was_there(
+    film: Film, tmp_path: Path, command: str, name: str, before: bytes, end: signal.Signals
+) -> None:
     source, final = sources(film, tmp_path)[command], tmp_path / "work" / name
     if before:
         final.write_bytes(before)
@@ -50,11 +56,11 @@ def test_ctrl_c_leaves_nothing_and_keeps_what_was_there(film: Film, tmp_path: Pa
             assert process.stdout
             assert process.stdout.readline() == "stuck\n"
             assert len(list(tmp_path.rglob(".*"))) == 1  # the scratch file or folder
-            process.send_signal(signal.SIGINT)
+            process.send_signal(end)
             process.wait(30)
         finally:
             process.kill()
-    assert process.returncode == 130
+    assert process.returncode == ENDS[end]
     assert {file: file.read_bytes() for file in final.parent.iterdir()} == kept
     assert not list(tmp_path.rglob(".*"))
 

@@ -90,46 +90,50 @@ class VideoCodec:
         depth = 16 if Reader(video_path, fps=fps).info.depth > 8 else 8
         reader = Reader(video_path, limit=limit, depth=depth, on_error=on_error, fps=fps, crop=crop)  # type: ignore[arg-type]
         source, times = reader.info, array("q")
-        total = min(filter(None, (source.frames, limit)), default=None)
-        padding = Padding.of(1, source.height, source.width, self.spec.stride)
-
-        def pixels() -> Iterator[Tensor]:
-            for group in _groups(reader, self.spec.stride[0] * _positive(chunk)):
-                tail = Padding(-(len(times) + len(group) - 1) % self.spec.stride[0], padding.right, padding.bottom)
-                yield _pad(self._place(to_tensor(frame.pixels for frame in group)), tail)
-                times.extend(frame.pts for frame in group)
-                if progress:
-                    progress(len(times), total)
-
-        def info() -> LatentInfo:
-            return LatentInfo(
-                codec=self.name,
-                weights=self._fingerprint(),
-                weights_dtype=self._dtype(),
-                backend=str(getattr(self.vae, "backend", "")),
-                latent_space=self.spec.latent_space,
-                fps=source.fps,
-                time_base=source.time_base,
-                frames=len(times),
-                width=source.width,
-                height=source.height,
-                padding=Padding.of(len(times), source.height, source.width, self.spec.stride),
-                crop=reader.crop,
-                gaps=tuple(reader.gaps),
-                rotation=source.rotation,
-                color_range=source.color_range,
-                bit_depth=source.depth,
-                pixel_aspect=source.pixel_aspect,
-                primaries=source.primaries,
-                transfer=source.transfer,
-            )
+        chunks = self._chunks(reader, times, _positive(chunk), progress, min(filter(None, (source.frames, limit)), default=None))
 
         def timestamps() -> Sequence[int] | None:
             return None if _even(times, source.fps * source.time_base) else [time - times[0] for time in times]
 
         with torch.inference_mode():
-            latents = self._with_logvar(pixels()) if logvar else self.vae.encode_stream(pixels())
-            return write_latents(latent_path, latents, info, dtype=dtype, timestamps=timestamps)
+            latents = self._with_logvar(chunks) if logvar else self.vae.encode_stream(chunks)
+            return write_latents(latent_path, latents, lambda: self._info(reader, len(times)), dtype=dtype, timestamps=timestamps)
+
+    def _chunks(self, reader: Reader, times: array[int], chunk: int, progress: Progress | None, total: int | None) -> Iterator[Tensor]:
+        """The frames of a film as the VAE takes them, padded; `times` collects when each is shown."""
+        time, _, _ = stride = self.spec.stride
+        sides = Padding.of(1, reader.info.height, reader.info.width, stride)
+        for group in _groups(reader, time * chunk):
+            tail = Padding(-(len(times) + len(group) - 1) % time, sides.right, sides.bottom)
+            yield _pad(self._place(to_tensor(frame.pixels for frame in group)), tail)
+            times.extend(frame.pts for frame in group)
+            if progress:
+                progress(len(times), total)
+
+    def _info(self, reader: Reader, frames: int) -> LatentInfo:
+        """What is recorded of a film that has been read."""
+        source = reader.info
+        return LatentInfo(
+            codec=self.name,
+            weights=self._fingerprint(),
+            weights_dtype=self._dtype(),
+            backend=str(getattr(self.vae, "backend", "")),
+            latent_space=self.spec.latent_space,
+            fps=source.fps,
+            time_base=source.time_base,
+            frames=frames,
+            width=source.width,
+            height=source.height,
+            padding=Padding.of(frames, source.height, source.width, self.spec.stride),
+            crop=reader.crop,
+            gaps=tuple(reader.gaps),
+            rotation=source.rotation,
+            color_range=source.color_range,
+            bit_depth=source.depth,
+            pixel_aspect=source.pixel_aspect,
+            primaries=source.primaries,
+            transfer=source.transfer,
+        )
 
     def decode_file(
         self,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 USER_ERRORS = (ValueError, LookupError, OSError)
@@ -25,11 +28,12 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
     """Parse, run and turn an error into one line on stderr.
 
     Exit codes: 0; 2 for bad input (ValueError, LookupError, OSError); 1 for anything unexpected, whose traceback goes
-    to a log file; 130 on Ctrl-C. `--debug` shows the traceback.
+    to a log file; 130 on Ctrl-C. A terminated command (SIGTERM, SIGHUP) cleans up like one that is interrupted, and leaves
+    by SystemExit with 143 or 129. `--debug` shows the traceback.
     """
     args = parser.parse_args(argv)
     try:
-        with warnings.catch_warnings():
+        with _unwinding(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
             return main(args) or 0
     except KeyboardInterrupt:
@@ -50,6 +54,29 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
             log.write(traceback.format_exc())
         print(f"{parser.prog}: unexpected {type(error).__name__}: {error} (traceback in {log.name})", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _unwinding() -> Iterator[None]:
+    """Signals that ask to end become exceptions, so that scratch files go and outputs stay whole; only a main thread has signals."""
+    asked = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    mine = [number for number in asked if signal.getsignal(number) is signal.SIG_DFL] if _in_main_thread() else []
+    for number in mine:
+        signal.signal(number, _leave)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not cut the cleaning short
+    raise SystemExit(128 + number)
 
 
 def _out_of_memory(error: Exception) -> bool:
