@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from wan_vae.config import PRESETS, TINY, VAEConfig
+from wan_vae.footprint import Meter
+from wan_vae.layers import FrameAttention
 from wan_vae.model import WanVAE
 from wan_vae.plugins import find_vae
+from wan_vae.stream import StreamState
 from wan_vae.testing import difference, randomise
 
 TOLERANCE = 1e-5
@@ -266,3 +269,13 @@ def test_configurations_that_contradict_themselves_are_refused(change: dict[str,
 def test_widths_without_a_shortcut_are_refused() -> None:
     with pytest.raises(ValueError, match="no shortcut for a level of width"):
         WanVAE(TINY.model_copy(update={"base_dim": 5, "dim_mult": (1, 3, 7)}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_attention_never_holds_all_scores(memory_format: torch.memory_format) -> None:
+    attention, (height, width) = FrameAttention(16).eval(), (40, 50)
+    x = torch.randn(1, 16, 1, height, width).contiguous(memory_format=memory_format)
+    with Meter() as meter:
+        attention(x, StreamState())
+    assert meter.peak < 4 * (height * width) ** 2 / 4

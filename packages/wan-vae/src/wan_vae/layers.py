@@ -103,7 +103,8 @@ class FrameAttention(nn.Module):
         """Attention within whole frames."""
         frames, height = x_BCTHW.shape[2:4]
         qkv = self.to_qkv(self.norm(x_BCTHW).flatten(2, 3))
-        q, k, v = rearrange(qkv, "b (three c) (t h) w -> three (b t) 1 (h w) c", three=3, t=frames)
+        # contiguous: with strided channels torch falls back on writing out all scores, (h w)^2 of them
+        q, k, v = rearrange(qkv, "b (three c) (t h) w -> three (b t) 1 (h w) c", three=3, t=frames).contiguous()
         out = rearrange(F.scaled_dot_product_attention(q, k, v), "(b t) 1 (h w) c -> b c (t h) w", t=frames, h=height)
         return x_BCTHW + self.proj(out).unflatten(2, (frames, height))
 

@@ -18,6 +18,7 @@ from .convolution import resolve_backend
 from .footprint import Footprint, count, footprint, meta_model
 from .memory import free_memory
 from .model import WanVAE
+from .parking import IN_MEMORY
 from .plugins import VAESpec
 from .stream import StreamState
 from .tiles import Half, Span, kept_apart, overlapping, reach
@@ -180,16 +181,15 @@ def _exact(setting: Setting, tile: tuple[int, int]) -> Plan:
 
 
 def _together(setting: Setting, trunk: Footprint, deep: Footprint, tiles: float) -> Footprint:
-    """What a tile at work takes beside the deepest part, the picture in and out, and (but on CUDA) the history of the others."""
+    """What a tile at work takes beside the deepest part, the picture in and out, and what others leave in memory."""
     time, height, width = setting.config.stride
     frames, pixels = setting.chunks[-1], setting.cells[0] * setting.cells[1]
     features = frames * pixels * _width(setting.config, setting.half)
     picture = 3 * pixels * height * width * (1 + (frames - 1) * time if len(setting.chunks) == 1 else frames * time)
-    histories = trunk.history * (tiles if setting.costs["cpu"] else 1)
     return Footprint(
         trunk.weights,
         max(trunk.filters, deep.filters) if trunk.filters + deep.filters > 1_000_000_000 else trunk.filters + deep.filters,
-        round(histories) + deep.history,
+        _in_memory(setting, trunk.history, tiles) + deep.history,
         max(trunk.work, deep.work) + setting.dtype.itemsize * (features + picture),
         0,
     )
@@ -204,9 +204,14 @@ def _blend(setting: Setting, tile: tuple[int, int]) -> Plan:
     pixels = setting.cells[0] * setting.cells[1]
     _, height, width = setting.config.stride
     picture = 2 * 3 * pixels * height * width * setting.chunks[-1] * setting.config.stride[0] * 4
-    history = single.history * (count_ if setting.costs["cpu"] else 1)
-    parts = Footprint(single.weights, single.filters, history, single.work + picture, 0)
+    parts = Footprint(single.weights, single.filters, _in_memory(setting, single.history, count_), single.work + picture, 0)
     return _plan(setting, "blend", sides, count_, count_ * sides[0] * sides[1] / pixels - 1, parts, overlap=overlap)
+
+
+def _in_memory(setting: Setting, history: int, tiles: float) -> int:
+    """Histories in the memory that counts, of so many tiles: those not at work are on disk, or for CUDA with the host."""
+    everywhere = round(history * tiles)
+    return history if setting.device.type == "cuda" or (setting.device.type == "cpu" and everywhere > IN_MEMORY) else everywhere
 
 
 def _plan(

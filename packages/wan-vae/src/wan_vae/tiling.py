@@ -10,6 +10,7 @@ Shapes: B batch, C channels, T frames, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import product, tee
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .model import WanVAE
+from .parking import Parking
 from .plugins import VAESpec
 from .stream import StreamState
 from .tiles import Half, Span, blending_weights, kept_apart, overlapping, reach
@@ -33,7 +35,8 @@ class TiledVAE:
     surroundings too, see `tiles.reach`), in "blend" mode all that it computes
     mode: "exact" for a `WanVAE`, "blend" for any
     overlap: pixels that blended tiles share at least; a quarter of the tile's smaller side by default
-    Streams keep one history a tile; on CUDA those of tiles not at work wait in the host's memory.
+    Streams keep one history a tile; those of tiles not at work wait in a scratch file (`parking.Parking`), or, where the device
+    is none but the CPU, in the host's memory.
     ValueError for tiles that do not divide or overlap by more than half.
 
     Example: `TiledVAE(load_vae("wan2.1"), (256, 256)).decode(latents)`
@@ -131,7 +134,8 @@ class TiledVAE:
         masks = [blending_weights(spans, scale) for spans, scale in zip(axes, out, strict=True)]
         copies = tee(_chained(first, chunks), len(axes[0]) * len(axes[1]))
         places = list(product(axes[0], axes[1]))
-        streams = [self._stream(half, _cut(copy, place, into), len(places) > 1) for copy, place in zip(copies, places, strict=True)]
+        parking = Parking(len(places))
+        streams = [self._stream(half, _cut(copy, place, into), place, parking) for copy, place in zip(copies, places, strict=True)]
         weights = [rows[:, None] * columns for rows, columns in product(*masks)]
         del first, copies
         while (part := next(streams[0], None)) is not None:
@@ -142,18 +146,14 @@ class TiledVAE:
                 _view(blended, place, out).add_(part * weight.to(part.device, blended.dtype))
             yield blended.to(part.dtype)
 
-    def _stream(self, half: Half, chunks: Iterator[Tensor], several: bool) -> Iterator[Tensor]:
+    def _stream(self, half: Half, chunks: Iterator[Tensor], place: Place, parking: Parking) -> Iterator[Tensor]:
         """The wrapped VAE over one tile, its history parked between chunks."""
         if not isinstance(self.vae, WanVAE):
             yield from self.vae.encode_stream(chunks) if half == "encoder" else self.vae.decode_stream(chunks)
             return
         session: Any = self.vae.encode_session() if half == "encoder" else self.vae.decode_session()
         for chunk in chunks:
-            _move(session.state, chunk.device)
-            made = session.push(chunk)
-            if several:
-                _park(session.state)
-            yield made
+            yield _at_work(session.state, place, parking, partial(session.push, chunk), chunk.device)
 
 
 class TiledSession:
@@ -165,6 +165,7 @@ class TiledSession:
         self.vae, self.cells = vae, cells
         self.deep = StreamState(convolution=vae.convolution(self.half))
         self.tiles: dict[Place, StreamState] = {}
+        self.parking = Parking(0)
         self.grid: tuple[int, int] | None = None
 
     @property
@@ -180,20 +181,13 @@ class TiledSession:
             before, after = reach(self.vae.config, self.half)
             rows, columns = (kept_apart(size, side, before, after) for size, side in zip(grid, self.cells, strict=True))
             self.tiles = {place: StreamState(convolution=self.deep.convolution) for place in product(rows, columns)}
+            self.parking = Parking(len(self.tiles))
             self.grid = grid
 
     def close(self) -> None:
         """Note that a chunk has passed."""
         for state in (self.deep, *self.tiles.values()):
             state.started = True
-
-    def at_work(self, state: StreamState, run: Callable[[], Tensor], device: torch.device) -> Tensor:
-        """Run one tile with its history in place."""
-        _move(state, device)
-        made = run()
-        if len(self.tiles) > 1:
-            _park(state)
-        return made
 
 
 class TiledEncodeSession(TiledSession):
@@ -211,7 +205,9 @@ class TiledEncodeSession(TiledSession):
         for (rows, columns), state in self.tiles.items():
             seen = video[..., rows.low * height : rows.high * height, columns.low * width : columns.high * width]
             patches = rearrange(seen, "b c t (h q) (w r) -> b (c r q) t h w", q=p, r=p)
-            part = _kept(self.at_work(state, lambda x=patches, s=state: vae.encoder.trunk(x, s), video.device), (rows, columns))  # type: ignore[misc]
+            part = _kept(
+                _at_work(state, (rows, columns), self.parking, partial(vae.encoder.trunk, patches, state), video.device), (rows, columns)
+            )
             if features is None:
                 features = part.new_empty(*part.shape[:3], *self._sizes())
             _view(features, (rows, columns))[:] = part
@@ -242,7 +238,7 @@ class TiledDecodeSession(TiledSession):
         p, video = vae.config.patch_size, None
         for (rows, columns), state in self.tiles.items():
             seen = features[..., rows.low : rows.high, columns.low : columns.high]
-            patches = self.at_work(state, lambda x=seen, s=state: vae.decoder.trunk(x, s), latents.device)  # type: ignore[misc]
+            patches = _at_work(state, (rows, columns), self.parking, partial(vae.decoder.trunk, seen, state), latents.device)
             patches = _kept(patches, (rows, columns), (height // p, width // p))
             if video is None:
                 sizes = latents.shape[3] * height, latents.shape[4] * width
@@ -276,12 +272,24 @@ def _chained(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
     yield from rest
 
 
-def _move(state: StreamState, device: torch.device) -> None:
-    state.history = {slot: value.to(device) for slot, value in state.history.items()}
-
-
-def _park(state: StreamState) -> None:
-    """To the host: the histories of many tiles are larger than what a GPU should hold."""
-    _move(state, torch.device("cpu"))
+def _at_work(state: StreamState, place: Place, parking: Parking, run: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """Run one tile with its history in place, which then gives way to that of the next."""
+    if parking.tiles <= 1:
+        return run()
+    if device.type == "cpu":
+        state.history = parking.fetch(place)
+    else:
+        _move(state, device)
+    made = run()
+    if device.type == "cpu":
+        parking.store(place, state.history)
+        state.history = {}
+    else:
+        _move(state, torch.device("cpu"))
     state.last, state.held = None, False  # stillness is not looked for: what it keeps would be for every tile
     state.traces.clear()
+    return made
+
+
+def _move(state: StreamState, device: torch.device) -> None:
+    state.history = {slot: value.to(device) for slot, value in state.history.items()}
