@@ -11,8 +11,8 @@ from wan_dit.checkpoint import DIFFUSERS_FIELDS as DIT_FIELDS
 from wan_dit.checkpoint import names as dit_names
 from wan_dit.config import DiTConfig
 from wan_dit.model import WanDiT
-from wan_text.checkpoint import HF_FIELDS, hf_names
 from wan_text.config import UMT5Config
+from wan_text.layouts import HF_FIELDS, hf_names
 from wan_text.umt5 import UMT5Encoder
 from wan_vae.checkpoint import diffusers_config
 from wan_vae.config import VAEConfig

@@ -12,8 +12,9 @@ from transformers import UMT5Config as HFConfig
 from transformers import UMT5EncoderModel
 from wan_text import UMT5Config, UMT5Encoder
 from wan_text._shared.weights import build
-from wan_text.checkpoint import config_from_shapes, hf_config, hf_names, official_names
+from wan_text.checkpoint import config_from_shapes, hf_config
 from wan_text.config import TINY, XXL
+from wan_text.layouts import hf_names, official_names
 from wan_text.testing import difference
 from wan_text.umt5 import fp16_clamp
 

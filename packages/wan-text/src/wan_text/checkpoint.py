@@ -1,6 +1,6 @@
-"""Every layout a umT5 encoder is published in, as tables of names: the official release, Hugging Face's and our own.
+"""Reads a umT5 encoder in every layout that it is published in (`layouts`), and its tokenizer.
 
-Rules: strict and bijective; the config is read from `config.json` where it says all, else from the shapes of the tensors.
+The config is read from `config.json` where it says all, else from the shapes of the tensors.
 """
 
 from __future__ import annotations
@@ -12,46 +12,31 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
+from safetensors import safe_open
 
-from ._shared.weights import State, locate, read_config, read_state, rename, strip_prefix
+from ._shared.weights import locate, read_config, read_state, rename, strip_prefix
 from .config import XXL, UMT5Config
+from .gguf_file import read_gguf, read_gguf_spiece
+from .layouts import (
+    BLOCK_PREFIXES,
+    DECODER,
+    GGUF,
+    HF_EMBEDDING,
+    HF_EMBEDDING_COPY,
+    HF_FIELDS,
+    HUGGING_FACE,
+    OFFICIAL,
+    OWN,
+    PREFIXES,
+    SPELLINGS,
+    SPIECE,
+    table,
+)
+from .packed import PackedState, Stored, join_scales
 from .plugins import TextEncoderSpec
 from .tokenizer import Tokenizer
 
 FORMAT = "wan-text/1"
-# own name, official name (wan/modules/t5.py), Hugging Face name (UMT5EncoderModel)
-GLOBAL_NAMES = (
-    ("token_embedding", "token_embedding", "shared"),
-    ("norm", "norm", "encoder.final_layer_norm"),
-)
-BLOCK_NAMES = (
-    ("norm1", "norm1", "layer.0.layer_norm"),
-    ("attn.q", "attn.q", "layer.0.SelfAttention.q"),
-    ("attn.k", "attn.k", "layer.0.SelfAttention.k"),
-    ("attn.v", "attn.v", "layer.0.SelfAttention.v"),
-    ("attn.o", "attn.o", "layer.0.SelfAttention.o"),
-    ("position_bias", "pos_embedding.embedding", "layer.0.SelfAttention.relative_attention_bias"),
-    ("norm2", "norm2", "layer.1.layer_norm"),
-    ("ffn.gate", "ffn.gate.0", "layer.1.DenseReluDense.wi_0"),
-    ("ffn.up", "ffn.fc1", "layer.1.DenseReluDense.wi_1"),
-    ("ffn.down", "ffn.fc2", "layer.1.DenseReluDense.wo"),
-)
-BLOCK_PREFIXES = ("blocks", "blocks", "encoder.block")
-# our field: Hugging Face's field; dim_attn is d_kv * num_heads there
-HF_FIELDS = {
-    "vocab_size": "vocab_size",
-    "dim": "d_model",
-    "dim_ffn": "d_ff",
-    "num_heads": "num_heads",
-    "num_layers": "num_layers",
-    "num_buckets": "relative_attention_num_buckets",
-    "max_distance": "relative_attention_max_distance",
-}
-# a whole encoder-decoder carries these besides
-HF_DECODER = ("decoder.", "lm_head.")
-HF_EMBEDDING, HF_EMBEDDING_COPY = "shared.weight", "encoder.embed_tokens.weight"
-
 OFFICIAL_TOKENIZER = "google/umt5-xxl/spiece.model"
 TOKENIZER_FILES = ("spiece.model", OFFICIAL_TOKENIZER, "tokenizer/spiece.model")
 CONFIG_FILES = ("config.json", "text_encoder/config.json")
@@ -59,40 +44,40 @@ CONFIG_FILES = ("config.json", "text_encoder/config.json")
 HUB_FILES = (*TOKENIZER_FILES, *CONFIG_FILES, "models_t5_*.pth", "text_encoder/*", "model*.safetensors*", "pytorch_model*.bin")
 
 
-def official_names(config: UMT5Config) -> dict[str, str]:
-    """Own tensor name to official tensor name."""
-    return _table(config.num_layers, 0, 1)
-
-
-def hf_names(config: UMT5Config) -> dict[str, str]:
-    """Own tensor name to Hugging Face tensor name."""
-    return _table(config.num_layers, 0, 2)
-
-
-def _table(layers: int, from_: int, to: int) -> dict[str, str]:
-    blocks = [tuple(f"{BLOCK_PREFIXES[k]}.{i}.{row[k]}" for k in range(3)) for i in range(layers) for row in BLOCK_NAMES]
-    return {f"{row[from_]}.weight": f"{row[to]}.weight" for row in (*GLOBAL_NAMES, *blocks)}
-
-
-def read_encoder(path: Path) -> tuple[UMT5Config, State]:
-    """Config and tensors, in own names, of a file or folder in any layout.
+def read_encoder(path: Path) -> tuple[UMT5Config, PackedState]:
+    """Config and tensors, in own names, of a file or folder in any layout; nothing is copied, packed tensors stay packed.
 
     Raises ValueError that names the tensors that are missing or unexpected, FileNotFoundError where there are no weights.
     """
     weights = _weights(path)
-    state = strip_prefix(read_state(weights), ("text_encoders.umt5xxl.transformer.",))
-    if any(".SelfAttention." in key for key in state):
-        layout, state = 2, _hf_encoder(state, weights)
-    else:
-        layout, state = 1, strip_prefix(state, ("encoder.",))
-    if low := [key for key, value in state.items() if "float8" in str(value.dtype)]:
-        raise ValueError(f"'{weights}': tensor '{low[0]}' is {state[low[0]].dtype}, expected float32, float16 or bfloat16")
+    layout, state = _read(weights)
     found = re.findall(rf"^{re.escape(BLOCK_PREFIXES[layout])}\.(\d+)\.", "\n".join(state), re.MULTILINE)
-    state = rename(state, _table(1 + max(map(int, found), default=-1), layout, 0), weights)
+    state = rename(state, table(1 + max(map(int, found), default=-1), layout, OWN), weights)
     written = read_config(weights) or {}
     if written.get("format") == FORMAT:
         return parse_config(written, weights), state
     return config_from_shapes(state, max_distance=written.get(HF_FIELDS["max_distance"], 128)), state
+
+
+def _read(weights: Path) -> tuple[int, PackedState]:
+    """The layout of a file or folder, and its tensors without what is no part of the encoder."""
+    if weights.suffix == ".gguf":
+        return GGUF, _encoder_alone(read_gguf(weights))
+    state = strip_prefix({key: value for key, value in read_state(weights).items() if key.rpartition(".")[2] != SPIECE}, PREFIXES)
+    state = strip_prefix(state, PREFIXES)
+    if any(".SelfAttention." in key for key in state):
+        copy = state.pop(HF_EMBEDDING_COPY, None)
+        if copy is not None and not state.setdefault(HF_EMBEDDING, copy).equal(copy):
+            raise ValueError(f"'{weights}': '{HF_EMBEDDING}' and '{HF_EMBEDDING_COPY}' differ, expected one table: remove the wrong one")
+        return HUGGING_FACE, join_scales(_encoder_alone(state), weights)
+    state = strip_prefix(state, ("encoder.",))
+    for spelling, official in SPELLINGS:
+        state = {key.replace(spelling, official): value for key, value in state.items()}
+    return OFFICIAL, join_scales(state, weights)
+
+
+def _encoder_alone(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not key.startswith(DECODER)}
 
 
 def _weights(path: Path) -> Path:
@@ -104,16 +89,7 @@ def _weights(path: Path) -> Path:
     return path / "text_encoder" if (path / "text_encoder").is_dir() else path
 
 
-def _hf_encoder(state: State, source: Path) -> State:
-    """The encoder's tensors alone, the embedding table once."""
-    state = {key: value for key, value in state.items() if not key.startswith(HF_DECODER)}
-    copy = state.pop(HF_EMBEDDING_COPY, None)
-    if copy is not None and not state.setdefault(HF_EMBEDDING, copy).equal(copy):
-        raise ValueError(f"'{source}': '{HF_EMBEDDING}' and '{HF_EMBEDDING_COPY}' differ, expected one table: remove the wrong one")
-    return state
-
-
-def config_from_shapes(state: Mapping[str, Tensor], *, max_distance: int = 128) -> UMT5Config:
+def config_from_shapes(state: Mapping[str, Stored], *, max_distance: int = 128) -> UMT5Config:
     """The config that tensors in own names belong to."""
     vocab_size, dim = state["token_embedding.weight"].shape
     num_buckets, num_heads = state["blocks.0.position_bias.weight"].shape
@@ -182,12 +158,26 @@ def spec_of(config: UMT5Config, name: str) -> TextEncoderSpec:
 
 def read_spiece(path: Path) -> bytes:
     """The sentencepiece model in or beside a checkpoint; FileNotFoundError says where it was looked for."""
+    weights = _weights(path)
+    if weights.suffix == ".gguf":
+        return read_gguf_spiece(weights)
+    if embedded := _embedded_spiece(weights):
+        return embedded
     folder = path if path.is_dir() else path.parent
     places = [folder / name for name in TOKENIZER_FILES] + [folder.parent / "tokenizer" / "spiece.model"]
     for place in places:
         if place.is_file():
             return place.read_bytes()
     raise FileNotFoundError(f"no tokenizer for '{path}': expected one of {', '.join(str(place) for place in places)}")
+
+
+def _embedded_spiece(weights: Path) -> bytes | None:
+    """The tokenizer that ComfyUI's files carry as a tensor."""
+    if not weights.is_file() or weights.suffix != ".safetensors":
+        return None
+    with safe_open(weights, "np") as file:
+        key = next((key for key in file.keys() if key.rpartition(".")[2] == SPIECE), None)  # noqa: SIM118 (not a mapping)
+        return None if key is None else file.get_tensor(key).tobytes()
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:

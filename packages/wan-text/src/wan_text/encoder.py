@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
 
 from . import checkpoint
-from ._shared.weights import Pretrained, State
+from ._shared.weights import Pretrained, build, locate
 from .config import UMT5Config
+from .layouts import official_names
+from .packed import PackedState, kinds
 from .plugins import TextEncoderSpec
+from .quantised import Quantisation, linears, quantise_state, replace_linears
 from .tokenizer import PAD, Tokenizer, Tokens, clean, cleaner_id, train_tokenizer
 from .umt5 import UMT5Encoder
 
@@ -22,25 +26,12 @@ _BUCKET = 16  # prompts whose lengths fall into one bucket of 16 tokens share a 
 _BATCH_TOKENS = 4096  # of a batch, padding included: 8 prompts of 512
 
 
-class TextEncoder(Pretrained):
-    """A umT5 encoder with its tokenizer.
+class PromptEncoder:
+    """What text encoders around one tokenizer share: prompts to ids to batches of similar length, each different one once."""
 
-    `from_pretrained` takes our folder, an official release, a Hugging Face or diffusers folder, or a file with
-    `spiece.model` beside it.
-
-    spiece: the bytes of the sentencepiece model
-
-    Example: `load_text_encoder("tiny").encode(["a red circle", ""])` is a list of two tensors, `[L, 96]` and `[1, 96]`.
-    """
-
-    format: ClassVar[str] = checkpoint.FORMAT
-    hub_files = checkpoint.HUB_FILES
-
-    def __init__(self, config: UMT5Config, spiece: bytes) -> None:
-        super().__init__()
-        self.config = config
-        self.tokenizer = checkpoint.make_tokenizer(config, spiece)
-        self.umt5 = UMT5Encoder(config)
+    config: UMT5Config
+    tokenizer: Tokenizer
+    name: str | None = None
 
     @property
     def spec(self) -> TextEncoderSpec:
@@ -61,28 +52,84 @@ class TextEncoder(Pretrained):
             return self.embed(prompts)
 
     def embed(self, prompts: Iterable[str]) -> list[Tensor]:
-        """What `encode` returns, with gradients, to train the encoder together with a backbone."""
+        """What `encode` returns, with gradients where the encoder has them, to train it together with a backbone."""
         tokens = self.tokenize(prompts)
+        batches = list(length_batches({prompt.ids for prompt in tokens}))
         hidden: dict[tuple[int, ...], Tensor] = {}
-        for batch in length_batches({prompt.ids for prompt in tokens}):
-            hidden.update(zip(batch, self._embed(batch), strict=True))
+        for batch, rows in zip(batches, self.hidden(map(padded, batches)), strict=True):
+            hidden.update((ids, row[: len(ids)]) for ids, row in zip(batch, rows, strict=True))
         return [hidden[prompt.ids] for prompt in tokens]
 
-    def _embed(self, batch: list[tuple[int, ...]]) -> list[Tensor]:
-        lengths = [len(ids) for ids in batch]
-        ids = torch.tensor([[*ids, *[PAD] * (lengths[-1] - len(ids))] for ids in batch], device=self.umt5.token_embedding.weight.device)
-        if lengths[0] == lengths[-1]:
-            return list(self(ids))
-        mask = torch.arange(lengths[-1]) < torch.tensor(lengths)[:, None]
-        return [row[:length] for row, length in zip(self(ids, mask.to(ids.device)), lengths, strict=True)]
+    def hidden(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterable[Tensor]:
+        """Hidden states `[B, L, D]` of batches of ids and mask, both `[B, L]`; mask None: all are real."""
+        raise NotImplementedError
+
+    def tokenize(self, prompts: Iterable[str]) -> list[Tokens]:
+        """Ids, token count and whether it was cut, for every prompt."""
+        return self.tokenizer.tokenize(prompts)
+
+    def identity(self, weights: str) -> str:
+        """sha256 of all that decides what a prompt becomes but the cleaner: weights, tokenizer, length limit, unknown characters."""
+        digest = hashlib.sha256(weights.encode())
+        digest.update(f" {self.config.max_tokens} {self.config.unknown} {self.config.max_distance} ".encode())
+        digest.update(self.tokenizer.model)
+        return digest.hexdigest()
+
+
+class TextEncoder(PromptEncoder, Pretrained):
+    """A umT5 encoder with its tokenizer.
+
+    `from_pretrained` takes our folder, an official release, a Hugging Face or diffusers folder, or a file (safetensors, .pth,
+    GGUF) that holds the tokenizer or has `spiece.model` beside it.
+
+    spiece: the bytes of the sentencepiece model
+
+    Example: `load_text_encoder("tiny").encode(["a red circle", ""])` is a list of two tensors, `[L, 96]` and `[1, 96]`.
+    """
+
+    format: ClassVar[str] = checkpoint.FORMAT
+    hub_files = checkpoint.HUB_FILES
+
+    def __init__(self, config: UMT5Config, spiece: bytes) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = checkpoint.make_tokenizer(config, spiece)
+        self.umt5 = UMT5Encoder(config)
+
+    def hidden(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterable[Tensor]:
+        device = self.umt5.token_embedding.weight.device
+        return (self(ids.to(device), None if mask is None else mask.to(device)) for ids, mask in batches)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Hidden states `[B, L, D]`, pad rows included; ids and mask (nonzero where real, None: all) are `[B, L]`."""
         return self.umt5(ids, mask)
 
-    def tokenize(self, prompts: Iterable[str]) -> list[Tokens]:
-        """Ids, token count and whether it was cut, for every prompt."""
-        return self.tokenizer.tokenize(prompts)
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, dtype: Any = None, device: Any = None, quantise: Quantisation | None = None
+    ) -> Self:
+        """Load a folder, a file or a Hub id in any layout.
+
+        dtype None is fp32 on a CPU and the checkpoint's own on a GPU (bf16 where that is fp32); device None is the CPU.
+        quantise: "int8" keeps the products' weights as int8 with a scale a row, a quarter of fp32 and about 2 % off; what was
+        saved so stays so. Weights in fp8 and GGUF are computed with in `dtype`.
+        """
+        path = locate(source, cls.hub_files)
+        config, state = cls.read_checkpoint(path)
+        packed: set[str] = set()
+        if quantise or "int8" in kinds(state):
+            with torch.device("meta"):
+                packed = {f"{_PREFIX}{name}" for name, _ in linears(UMT5Encoder(config))}
+            state = quantise_state(state, packed)
+
+        def make() -> TextEncoder:
+            encoder = cls.make(config, path)
+            if packed:
+                replace_linears(encoder.umt5)
+            return encoder
+
+        kept = {f"{name}.{field}" for name in packed for field in ("weight", "weight_scale")}
+        return cast(Self, build(make, state, dtype=dtype, device=device, source=path, kept=kept))
 
     @classmethod
     def make(cls, config: UMT5Config, path: Path) -> Self:
@@ -98,25 +145,30 @@ class TextEncoder(Pretrained):
         return type(self)(UMT5Config(**{**self.config.model_dump(), "vocab_size": Tokenizer(spiece).vocab_size}), spiece)
 
     @classmethod
-    def read_checkpoint(cls, path: Path) -> tuple[UMT5Config, State]:
+    def read_checkpoint(cls, path: Path) -> tuple[UMT5Config, PackedState]:
         """Config and tensors, in own names, of any layout that `checkpoint.read_encoder` knows."""
         config, state = checkpoint.read_encoder(path)
         return config, {_PREFIX + key: value for key, value in state.items()}
 
     @classmethod
     def official_names(cls, config: UMT5Config) -> dict[str, str]:
-        return {_PREFIX + own: official for own, official in checkpoint.official_names(config).items()}
+        names = {_PREFIX + own: official for own, official in official_names(config).items()}
+        return names | {f"{own}_scale": f"{official}_scale" for own, official in names.items()}
 
     def extra_files(self) -> dict[str, bytes]:
         """The tokenizer, which `save_pretrained` writes beside the weights."""
         return {"spiece.model": self.tokenizer.model}
 
     def fingerprint(self) -> str:
-        """sha256 of all that decides what a prompt becomes but the cleaner: weights, tokenizer, length limit, unknown characters."""
-        digest = hashlib.sha256(super().fingerprint().encode())
-        digest.update(f" {self.config.max_tokens} {self.config.unknown} {self.config.max_distance} ".encode())
-        digest.update(self.tokenizer.model)
-        return digest.hexdigest()
+        """sha256 of all that decides what a prompt becomes but the cleaner."""
+        return self.identity(super().fingerprint())
+
+
+def padded(batch: list[tuple[int, ...]]) -> tuple[Tensor, Tensor | None]:
+    """Ids of a batch, shortest first, padded to the longest, and a mask of the real ones; None where all are as long."""
+    lengths = [len(ids) for ids in batch]
+    ids = torch.tensor([[*ids, *[PAD] * (lengths[-1] - len(ids))] for ids in batch])
+    return ids, None if lengths[0] == lengths[-1] else torch.arange(lengths[-1]) < torch.tensor(lengths)[:, None]
 
 
 def length_batches(prompts: Iterable[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:

@@ -90,10 +90,17 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x_BLD: Tensor, bucket_LL: Tensor, masked_B11L: Tensor | None, exact: bool = False) -> Tensor:
+        return self.feed(self.attend(x_BLD, bucket_LL, masked_B11L, exact), exact)
+
+    def attend(self, x_BLD: Tensor, bucket_LL: Tensor, masked_B11L: Tensor | None, exact: bool = False) -> Tensor:
+        """The attention half: each token takes from all others."""
         bias_BNLL = rearrange(self.position_bias(bucket_LL), "Q K N -> 1 N Q K")
         if masked_B11L is not None:
             bias_BNLL = bias_BNLL.masked_fill(masked_B11L, torch.finfo(bias_BNLL.dtype).min)
-        x_BLD = fp16_clamp(x_BLD + self.attn(self.norm1(x_BLD), bias_BNLL, exact))
+        return fp16_clamp(x_BLD + self.attn(self.norm1(x_BLD), bias_BNLL, exact))
+
+    def feed(self, x_BLD: Tensor, exact: bool = False) -> Tensor:
+        """The feed-forward half: each token by itself."""
         return fp16_clamp(x_BLD + self.ffn(self.norm2(x_BLD), exact))
 
 

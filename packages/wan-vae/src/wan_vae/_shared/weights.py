@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +23,8 @@ from .files import read_json
 
 State = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
+V = TypeVar("V")
+PIECE = 1 << 24  # numbers that are hashed at a time
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
@@ -103,7 +106,7 @@ def strip_prefix(state: State, prefixes: Iterable[str]) -> State:
     return state
 
 
-def rename(state: State, table: Mapping[str, str], source: object = "checkpoint") -> State:
+def rename(state: Mapping[str, V], table: Mapping[str, str], source: object = "checkpoint") -> dict[str, V]:
     """Rename every key by `table` (old -> new), a bijection: a missing or an extra key is an error that names it."""
     _check_keys(set(table), set(state), source)
     return {table[key]: value for key, value in state.items()}
@@ -119,10 +122,20 @@ def _check_keys(expected: set[str], got: set[str], source: object) -> None:
         raise ValueError(f"'{source}' does not fit this model: {'; '.join(problems)}")
 
 
-def build(make: Callable[[], M], state: State, *, dtype: Any = None, device: Any = None, source: object = "checkpoint") -> M:
+def build(
+    make: Callable[[], M],
+    state: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    source: object = "checkpoint",
+    kept: Container[str] = (),
+) -> M:
     """Build a module on meta and assign `state` to it, strictly, in eval mode.
 
+    state: tensors, or what has their `shape`, `to` and `is_floating_point`
     dtype None: fp32 on a CPU, the checkpoint's own elsewhere (bf16 where that is fp32).
+    kept: names of tensors that keep their type
     Raises ValueError that names missing, unexpected or misshapen tensors.
     """
     device = torch.device(device or "cpu")
@@ -134,11 +147,11 @@ def build(make: Callable[[], M], state: State, *, dtype: Any = None, device: Any
         if value.shape != expected[key].shape:
             raise ValueError(f"'{source}': tensor '{key}' is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
     dtype = dtype or default_dtype(state, device)
-    module.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
+    module.load_state_dict({k: value.to(device, value.dtype if k in kept else dtype) for k, value in state.items()}, assign=True)
     return module.eval()
 
 
-def default_dtype(state: State, device: torch.device) -> torch.dtype:
+def default_dtype(state: Mapping[str, Any], device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     own = {value.dtype for value in state.values() if value.is_floating_point()}
@@ -177,13 +190,20 @@ def usable_device(device: torch.device | str) -> torch.device:
     return found
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes of all tensors, independent of their order and of the container."""
+def fingerprint(state: Mapping[str, Any], dtype: torch.dtype | None = None) -> str:
+    """sha256 over names, types, shapes and bytes of all tensors, independent of their order and of the container.
+
+    dtype: the type to take them in; they are read a few rows at a time
+    """
     digest = hashlib.sha256()
     for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy().data)
+        value = state[key]
+        digest.update(f"{key} {dtype or value.dtype} {tuple(value.shape)} ".encode())
+        rows = max(1, PIECE // max(1, math.prod(value.shape[1:])))
+        for start in range(0, value.shape[0], rows) if value.shape else (0,):
+            piece = value[start : start + rows] if value.shape else value
+            piece = piece.detach().to("cpu", dtype or piece.dtype).contiguous()
+            digest.update(piece.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -227,7 +247,7 @@ class Pretrained(nn.Module):
     name: str | None = None
 
     @classmethod
-    def read_checkpoint(cls, path: Path) -> tuple[Any, State]:
+    def read_checkpoint(cls, path: Path) -> tuple[Any, Mapping[str, Any]]:
         raise NotImplementedError
 
     @classmethod
