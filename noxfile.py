@@ -28,7 +28,7 @@ STAMPS = "installed"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 CONSTRAINTS = ROOT / "constraints.txt"
 BUILD = ["hatchling", "editables"]
-TEST = ["pytest", "pytest-xdist", "hypothesis", "build", "diffusers", "transformers", "scikit-image", "scikit-video"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "build", "gguf", "diffusers", "transformers", "scikit-image", "scikit-video"]
 LINT = ["ruff"]
 TYPES = ["mypy", "types-tqdm"]
 DOCS = ["mkdocs-material", "mkdocstrings-python", "ruff"]  # ruff formats signatures

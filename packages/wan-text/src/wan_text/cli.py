@@ -12,7 +12,7 @@ from typing import Any
 from . import __version__
 from ._shared.cli import Parser, add_common, run, show
 from ._shared.discover import discover, resolve
-from .plugins import TextEncoderSpec, find_text_encoder, plugin_manager
+from .plugins import UMT5_TARGET, TextEncoderSpec, find_text_encoder, load_spec, plugin_manager
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEFAULT = "tiny"
@@ -37,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_prompts(encode)
     encode.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder; prompts that are in it already are skipped")
     encode.add_argument("--dtype", choices=DTYPES, help="type to compute and store (default: fp32; on a GPU the checkpoint's own)")
+    encode.add_argument("--quantise", choices=("int8",), help="keep weights in 8 bits: a quarter of fp32, about 2 %% off")
+    encode.add_argument("--stream", action="store_true", help="leave the weights in their file: umT5-XXL in under 1 GB of memory")
     encode.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
 
     text = "the tokens of prompts, and what would be cut off"
@@ -81,7 +83,7 @@ def _encode(args: argparse.Namespace) -> None:
 
 def _tokenize(args: argparse.Namespace) -> None:
     spec = find_text_encoder(args.text_encoder or DEFAULT)
-    if spec.target == "wan_text.encoder:TextEncoder" and spec.weights:
+    if spec.target == UMT5_TARGET and spec.weights:
         from .checkpoint import load_tokenizer
 
         tokenizer: Any = load_tokenizer(spec.weights)
@@ -169,8 +171,8 @@ def _load(spec: TextEncoderSpec, args: argparse.Namespace) -> Any:
 
     from ._shared.weights import best_device, usable_device
 
-    device = usable_device(args.device or best_device())
-    return spec.load(dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else None, device=device)
+    device, dtype = usable_device(args.device or best_device()), getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    return load_spec(spec, dtype=dtype, device=device, quantise=args.quantise, stream=args.stream)
 
 
 def _short(text: str) -> str:

@@ -20,13 +20,13 @@ SPECIAL = {"unk_id": "unknown", "bos_id": "bos", "eos_id": "eos", "pad_id": "pad
 
 
 def open_gguf(path: Path) -> Any:
-    """The `gguf.GGUFReader` of a file. ImportError says what to install; ValueError where it is no GGUF file."""
+    """The `gguf.GGUFReader` of a file. ValueError where it is no GGUF file, or says what to install."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise ImportError(f"'{path}' is a GGUF file: pip install 'wan-text[gguf]'") from error
+        raise ValueError(f"'{path}' is a GGUF file, which takes an extra: pip install 'wan-text[gguf]'") from error
     try:
-        return GGUFReader(path)
+        return GGUFReader(path, "c")  # copied where it is written to, which it never is: PyTorch wants arrays that could be
     except OSError:
         raise
     except Exception as error:

@@ -16,6 +16,8 @@ from ._shared.spec import ModelSpec
 if TYPE_CHECKING:
     import pluggy
 
+UMT5_TARGET = "wan_text.encoder:TextEncoder"
+
 
 @dataclass(frozen=True)
 class TextEncoderSpec(ModelSpec):
@@ -50,9 +52,42 @@ def find_text_encoder(ref: str, pm: pluggy.PluginManager | None = None) -> TextE
     return spec
 
 
-def load_text_encoder(ref: str = "wan-text:tiny", *, dtype: Any = None, device: Any = None, pm: pluggy.PluginManager | None = None) -> Any:
+def load_text_encoder(
+    ref: str = "wan-text:tiny",
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    quantise: str | None = None,
+    stream: bool = False,
+    pm: pluggy.PluginManager | None = None,
+) -> Any:
     """Load a text encoder with its tokenizer by path, name, Hub id or import string, in eval mode.
 
+    quantise: "int8" for products with int8 weights, for encoders whose `from_pretrained` takes it, as `TextEncoder`'s does
+    stream: leave the weights of a umT5 encoder in their file, and compute with half a block at a time
     Example: `load_text_encoder("tiny").encode(["a red circle"])` is a list with one tensor `[L, D]`.
     """
-    return find_text_encoder(ref, pm).load(dtype=dtype, device=device)
+    return load_spec(find_text_encoder(ref, pm), dtype=dtype, device=device, quantise=quantise, stream=stream)
+
+
+def load_spec(spec: TextEncoderSpec, *, dtype: Any = None, device: Any = None, quantise: str | None = None, stream: bool = False) -> Any:
+    """What `load_text_encoder` loads for a spec."""
+    if not stream and quantise is None:
+        return spec.load(dtype=dtype, device=device)
+    if spec.target != UMT5_TARGET or spec.weights is None:
+        raise ValueError(f"'{spec.name}' is no umT5 encoder of wan-text: it can be neither quantised nor streamed")
+    if quantise not in (None, "int8"):
+        raise ValueError(f"unknown quantisation '{quantise}', expected int8")
+    if stream and quantise:
+        raise ValueError(
+            "a streamed encoder computes with the weights as the file has them: leave out quantise, or save an int8 file first"
+        )
+    from .encoder import TextEncoder
+    from .streaming import StreamingTextEncoder
+
+    if stream:
+        loaded: Any = StreamingTextEncoder.from_pretrained(spec.weights, dtype=dtype, device=device)
+    else:
+        loaded = TextEncoder.from_pretrained(spec.weights, dtype=dtype, device=device, quantise="int8")
+    loaded.name = None if spec.name == spec.weights else spec.name
+    return loaded
