@@ -212,7 +212,7 @@ def test_tokenize_shows_ids_pieces_and_truncation(capsys: pytest.CaptureFixture[
 def test_list_and_info(tmp_path: Path, encoder: TextEncoder, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["umt5-xxl"]["embed_dim"] == 4096
+    assert rows["umt5-xxl"]["dim"] == 4096
     assert rows["tiny"]["status"] == "ok"
     assert main(["list"]) == 0
     assert main(["info", "umt5-xxl"]) == 0

@@ -12,11 +12,11 @@ from typing import Any
 from . import __version__
 from ._shared.cli import Parser, add_common, run, show
 from ._shared.discover import discover, resolve
-from .plugins import UMT5_TARGET, TextEncoderSpec, find_text_encoder, load_spec, plugin_manager
+from .plugins import UMT5_TARGET, TextEncoderSpec, find_image_encoder, find_text_encoder, load_spec, plugin_manager
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEFAULT = "tiny"
-FACTS = ("name", "embedding_space", "embed_dim", "max_tokens", "weights", "summary")
+KINDS = {"wan_text_encoders": "text encoder", "wan_image_encoders": "image encoder"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,9 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     tokenize = _command(commands, "tokenize", _tokenize, text, "wan-text tokenize 'a red circle' --json", listing=True)
     _add_prompts(tokenize)
 
-    _command(commands, "list", _list, "the installed text encoders", "wan-text list --json", listing=True)
+    _command(commands, "list", _list, "the installed encoders of text and images", "wan-text list --json", listing=True)
 
-    text = "facts of a text encoder or a context folder"
+    text = "facts of an encoder or a context folder"
     info = _command(commands, "info", _info, text, "wan-text info umt5-xxl", listing=True)
     info.add_argument("name", help="a context folder, or name, file, folder, Hub id or module:attr of a text encoder")
     return parser
@@ -102,15 +102,24 @@ def _tokenize(args: argparse.Namespace) -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    rows = []
-    for offer in discover("wan_text_encoders", pm := plugin_manager()):
-        row = {"name": offer.name, "distribution": offer.dist, "version": offer.version}
-        facts = _facts(offer.spec) if offer.spec else dict.fromkeys(FACTS, "")
-        rows.append({**row, **{key: value for key, value in facts.items() if key != "name"}, "status": str(offer.error or "ok")})
+    rows, pm = [], plugin_manager()
+    for kind, label in KINDS.items():
+        for offer in discover(kind, pm):
+            facts = {"name": offer.name, "kind": label, "distribution": offer.dist, "version": offer.version}
+            rows.append(facts | _columns(offer.spec) | {"status": str(offer.error or "ok")})
     for dist, error in pm.broken.items():
         blank = dict.fromkeys(rows[0] if rows else (), "")
         rows.append({**blank, "distribution": dist, "version": pm.versions.get(dist, ""), "status": f"{type(error).__name__}: {error}"})
-    show(rows, as_json=args.json, empty="no text encoder is installed")
+    show(rows, as_json=args.json, empty="no encoder is installed")
+
+
+def _columns(spec: Any) -> dict[str, Any]:
+    """What is listed of an encoder of either kind; empty where it could not be had."""
+    if spec is None:
+        return dict.fromkeys(("space", "dim", "tokens", "weights", "summary"), "")
+    text = isinstance(spec, TextEncoderSpec)
+    facts = (spec.embedding_space, spec.embed_dim, spec.max_tokens) if text else (spec.image_space, spec.image_dim, spec.tokens)
+    return dict(zip(("space", "dim", "tokens"), facts, strict=True)) | {"weights": spec.weights or "none", "summary": spec.summary}
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -120,12 +129,19 @@ def _info(args: argparse.Namespace) -> None:
         folder = Path(args.name)
         facts = {"kind": "contexts", **(read_facts(folder) or {}), "prompts": len(read_index(folder))}
     else:
-        facts = {"kind": "text encoder", **_facts(find_text_encoder(args.name))}
+        facts = _facts(args.name)
     show([facts] if args.json else [{"field": key, "value": value} for key, value in facts.items()], as_json=args.json)
 
 
-def _facts(spec: TextEncoderSpec) -> dict[str, Any]:
-    return {name: getattr(spec, name) for name in FACTS} | {"weights": spec.weights or "none"}
+def _facts(ref: str) -> dict[str, Any]:
+    """All of a spec but where its code is; of an image encoder where the name is one's."""
+    spec: Any
+    if any(offer.name == ref for offer in discover("wan_image_encoders", plugin_manager())):
+        spec, kind = find_image_encoder(ref), "image encoder"
+    else:
+        spec, kind = find_text_encoder(ref), "text encoder"
+    hidden = ("target", "format", "describe")
+    return {"kind": kind} | {key: value for key, value in vars(spec).items() if key not in hidden} | {"weights": spec.weights or "none"}
 
 
 def _prompts(given: Sequence[str]) -> list[str]:

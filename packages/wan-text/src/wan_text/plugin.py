@@ -1,10 +1,10 @@
-"""The text encoders of this package."""
+"""The encoders of this package."""
 
 from __future__ import annotations
 
 from functools import partial
 
-from .plugins import TextEncoderSpec, hookimpl
+from .plugins import ImageEncoderSpec, TextEncoderSpec, hookimpl
 
 _Spec = partial(TextEncoderSpec, target="wan_text.encoder:TextEncoder", format="wan-text/1", describe="wan_text.checkpoint:describe")
 
@@ -27,5 +27,22 @@ def wan_text_encoders() -> list[TextEncoderSpec]:
             max_tokens=32,
             weights="pkg:wan_text/weights/tiny",
             summary="built in, knows the words of the moving-shapes captions only",
+        ),
+    ]
+
+
+@hookimpl
+def wan_image_encoders() -> list[ImageEncoderSpec]:
+    return [
+        ImageEncoderSpec(
+            name="clip-vit-h-14",
+            target="wan_text.clip_vision:CLIPVision",
+            format="wan-text-image/1",
+            describe="wan_text.clip_checkpoint:describe",
+            image_space="clip-vit-h-14",
+            image_dim=1280,
+            tokens=257,
+            weights="hub:Wan-AI/Wan2.1-I2V-14B-480P",
+            summary="the vision tower of Wan2.1 I2V, FLF2V and Animate, 0.6 B parameters",
         ),
     ]

@@ -1,4 +1,4 @@
-"""The kind `wan_text_encoders`: its hook, its spec record and the lookup. Imports no torch."""
+"""The kinds `wan_text_encoders` and `wan_image_encoders`: their hooks, spec records and lookups. Imports no torch."""
 
 from __future__ import annotations
 
@@ -33,12 +33,30 @@ class TextEncoderSpec(ModelSpec):
     max_tokens: int
 
 
+@dataclass(frozen=True)
+class ImageEncoderSpec(ModelSpec):
+    """An encoder of reference images.
+
+    image_space: tag of the space; equal width is not equal space (`"clip-vit-h-14"`)
+    image_dim: width of an image token
+    tokens: tokens an image
+    """
+
+    image_space: str
+    image_dim: int
+    tokens: int
+
+
 class Hooks:
-    """What a plugin of this kind implements."""
+    """What a plugin of these kinds implements."""
 
     @hookspec
     def wan_text_encoders(self) -> Iterable[TextEncoderSpec]:  # type: ignore[empty-body]
         """Text encoders, as specs."""
+
+    @hookspec
+    def wan_image_encoders(self) -> Iterable[ImageEncoderSpec]:  # type: ignore[empty-body]
+        """Encoders of reference images, as specs."""
 
 
 def plugin_manager() -> PluginManager:
@@ -91,3 +109,17 @@ def load_spec(spec: TextEncoderSpec, *, dtype: Any = None, device: Any = None, q
         loaded = TextEncoder.from_pretrained(spec.weights, dtype=dtype, device=device, quantise="int8")
     loaded.name = None if spec.name == spec.weights else spec.name
     return loaded
+
+
+def find_image_encoder(ref: str, pm: pluggy.PluginManager | None = None) -> ImageEncoderSpec:
+    """The spec that a path, name, Hub id or import string names; LookupError says what is installed."""
+    spec: ImageEncoderSpec = resolve("wan_image_encoders", ref, pm or plugin_manager(), install="wan-text")
+    return spec
+
+
+def load_image_encoder(ref: str = "clip-vit-h-14", *, dtype: Any = None, device: Any = None, pm: pluggy.PluginManager | None = None) -> Any:
+    """Load an encoder of reference images by path, name, Hub id or import string, in eval mode.
+
+    Example: `load_image_encoder("clip-vit-h-14").encode(images)` is `[B, 257, 1280]` for images `[B, 3, H, W]` in [-1, 1].
+    """
+    return find_image_encoder(ref, pm).load(dtype=dtype, device=device)

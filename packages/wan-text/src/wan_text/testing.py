@@ -1,4 +1,4 @@
-"""Conformance kit of text encoders, as a plain pytest class: subclass it, name your plugin, run pytest.
+"""Conformance kits of text and image encoders, as plain pytest classes: subclass one, name your plugin, run pytest.
 
 Example:
     >>> class TestMine(TextEncoderContract):
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .plugins import find_text_encoder
+from .plugins import find_image_encoder, find_text_encoder
 
 
 def difference(got: Tensor, expected: Tensor) -> float:
@@ -90,4 +90,49 @@ class TextEncoderContract:
         assert not first.requires_grad
         assert torch.equal(first, second)
         assert first.is_floating_point()
+        assert first.isfinite().all()
+
+
+class ImageEncoderContract:
+    """What every encoder of reference images must do. `plugin` is a name, path or import string; or override `encoder`.
+
+    tolerance: on `difference`, in fp32 on a CPU
+    """
+
+    plugin: ClassVar[str]
+    tolerance: ClassVar[float] = 1e-5
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def encoder(cls) -> Any:
+        return find_image_encoder(cls.plugin).load(dtype=torch.float32)
+
+    def images(self) -> Tensor:
+        """Three different ones."""
+        return torch.rand(3, 3, 40, 60, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def test_spec_describes_the_encoder(self, encoder: Any) -> None:
+        spec, tokens = encoder.spec, encoder.encode(self.images())
+        assert spec.image_space
+        assert tokens.shape == (3, spec.tokens, spec.image_dim)
+        if getattr(self, "plugin", None):
+            listed = find_image_encoder(self.plugin)
+            for name in ("image_space", "image_dim", "tokens"):
+                assert getattr(spec, name) == getattr(listed, name), f"{name}: the listed spec and the encoder's differ"
+
+    def test_a_batch_equals_single_images(self, encoder: Any) -> None:
+        images = self.images()
+        for image, tokens in zip(images, encoder.encode(images), strict=True):
+            assert difference(tokens, encoder.encode([image])[0]) <= self.tolerance, "an image depends on the rest of its batch"
+
+    def test_images_of_several_sizes(self, encoder: Any) -> None:
+        images = [self.images()[0], self.images()[1][:, :30, :20]]
+        assert encoder.encode(images).shape == (2, encoder.spec.tokens, encoder.spec.image_dim)
+        assert encoder.encode(self.images()[:0]).shape == (0, encoder.spec.tokens, encoder.spec.image_dim)
+
+    def test_images_differ_and_repeat_without_gradients(self, encoder: Any) -> None:
+        first, second = encoder.encode(self.images()), encoder.encode(self.images())
+        assert torch.equal(first, second)
+        assert not torch.equal(first[0], first[1])
+        assert not first.requires_grad
         assert first.isfinite().all()
