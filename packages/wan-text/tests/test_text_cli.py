@@ -51,7 +51,7 @@ def test_encode_writes_what_the_encoder_returns(tmp_path: Path, capsys: pytest.C
     assert rows[sha256("")]["tokens"] == 1
     assert rows[sha256(prompts[0])]["key"] == rows[sha256(prompts[3])]["key"], "prompts with the same ids share a file"
     tensors = {f"{row['key']}.safetensors" for row in rows.values()}
-    assert {path.name for path in folder.iterdir()} == {"encoder.json", "index.jsonl", *tensors}
+    assert {path.name for path in folder.iterdir()} == {"encoder.json", "index.jsonl", ".index.lock", *tensors}
 
 
 def test_prompts_already_there_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

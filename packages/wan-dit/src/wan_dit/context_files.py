@@ -1,7 +1,7 @@
 """Read the context folders that `wan-text encode` writes, so that a video can be made where no text encoder is installed.
 
-A folder holds `encoder.json` (which encoder), `index.jsonl` (sha256 of the raw prompt -> key) and one `<key>.safetensors` a
-prompt with the tensor `context [L, D]`.
+A folder holds `encoder.json` (which encoder), `index.jsonl` (sha256 of the raw prompt -> key, sha256 of the file) and one
+`<key>.safetensors` a prompt with the tensor `context [L, D]`. What has a checksum is checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ._shared.files import read_json
+from ._shared.files import check_seal, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,10 +37,11 @@ class ContextFiles:
         self.folder = Path(path) if Path(path).is_dir() else Path(path).parent
         try:
             encoder = read_json(self.folder / "encoder.json")
+            check_seal(encoder, "encoder.json")
             facts = {name: _typed(encoder, name, kind) for name, kind in FACTS.items()}
             lines = (self.folder / "index.jsonl").read_text().splitlines()
             rows = [json.loads(line) for line in lines if line.strip() and not _is_torn(line)]
-            self.rows = {_typed(row, "sha256", str): (_key(row), bool(row.get("truncated"))) for row in rows}
+            self.rows = {_typed(row, "sha256", str): _row(row) for row in rows}
             self._fingerprint = None if encoder.get("fingerprint") is None else _typed(encoder, "fingerprint", str)
         except (OSError, ValueError) as error:
             raise ValueError(f"'{path}' is not a context folder ({error}): make one with wan-text encode") from error
@@ -55,7 +56,7 @@ class ContextFiles:
         return self._fingerprint
 
     def _read(self, prompt: str) -> Tensor:
-        key, truncated = self.rows.get(hashlib.sha256(prompt.encode()).hexdigest(), (None, False))
+        key, truncated, content = self.rows.get(hashlib.sha256(prompt.encode()).hexdigest(), (None, False, None))
         add = f"wan-text encode {shlex.quote(prompt)} --output {shlex.quote(str(self.folder))}"
         if key is None:
             raise LookupError(f"prompt '{_short(prompt)}' is not in context folder '{self.folder}'; add it: {add}")
@@ -63,7 +64,7 @@ class ContextFiles:
         if not file.is_file():
             raise LookupError(f"'{file}', the context of prompt '{_short(prompt)}', is missing; encode it again: {add}")
         try:
-            context = self._tensor(file)
+            context = self._tensor(file, content)
         except (OSError, ValueError) as error:
             raise ValueError(f"'{file}' is no context ({error}); delete it and encode the prompt again: {add}") from error
         if truncated:
@@ -72,14 +73,19 @@ class ContextFiles:
             )
         return context
 
-    def _tensor(self, file: Path) -> Tensor:
-        from safetensors import SafetensorError, safe_open
+    def _tensor(self, file: Path, content: str | None) -> Tensor:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
+        data = file.read_bytes()
+        if content not in (None, hashlib.sha256(data).hexdigest()):
+            raise ValueError("its content is not what was written")
         try:
-            with safe_open(file, "pt") as opened:
-                context: Tensor = opened.get_tensor("context")
+            context = load(data)["context"]
         except SafetensorError as error:
             raise ValueError(str(error)) from error
+        except KeyError as error:
+            raise ValueError("it does not contain tensor context") from error
         length, width = self.spec.max_tokens, self.spec.embed_dim
         if context.ndim != 2 or not 1 <= context.shape[0] <= length or context.shape[1] != width or not context.is_floating_point():
             got = f"{str(context.dtype).removeprefix('torch.')} {list(context.shape)}"
@@ -107,6 +113,12 @@ def _key(row: dict[str, Any]) -> str:
     if not re.fullmatch("[0-9a-f]{1,128}", key):
         raise ValueError(f"key {key[:60]!r} is not a hexadecimal name")
     return key
+
+
+def _row(row: dict[str, Any]) -> tuple[str, bool, str | None]:
+    """Key, whether the prompt was cut, and the sha256 of the file where it is recorded."""
+    check_seal(row, "a line of the index")
+    return _key(row), bool(row.get("truncated")), None if row.get("file") is None else _typed(row, "file", str)
 
 
 def _short(text: str) -> str:

@@ -1,8 +1,10 @@
 """Context folders: prompts encoded once, read by a backbone where no text encoder is installed.
 
-A folder holds `encoder.json` (which encoder), `index.jsonl` (a line a prompt: sha256 of its raw text, key, tokens, truncated)
-and `<key>.safetensors` with one tensor `context [L, D]`. The index grows line by line, after the tensors it names, so that several
-processes may fill one folder: of two lines for one prompt the last counts, one without an end is not there. All else is replaced whole.
+A folder holds `encoder.json` (which encoder), `index.jsonl` (a line a prompt: sha256 of its raw text, the text, key, tokens,
+truncated, sha256 of the file) and `<key>.safetensors` with one tensor `context [L, D]`. The key covers all that decides the
+tensor: weights, tokenizer, cleaner, type, limit and ids. Lines and `encoder.json` carry checksums of their own. The index grows
+line by line, after the tensors it names, so that several processes may fill one folder; of two lines for one prompt the last
+counts, one without an end is not there. All else is replaced whole.
 """
 
 from __future__ import annotations
@@ -10,14 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from safetensors.torch import save_file
 
-from ._shared.files import read_json, replacing
+from ._shared.files import check_seal, read_json, replacing, sealed
 
 _CHUNK = 64  # prompts between two writes of the index
 
@@ -49,24 +52,59 @@ def encoder_facts(encoder: Any, name: str) -> dict[str, Any]:
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
-    """The `encoder.json` of a context folder; None where there is none yet."""
+    """The `encoder.json` of a context folder; None where there is none yet. ValueError where it is damaged."""
     try:
-        return read_json(folder / "encoder.json")
+        facts = read_json(folder / "encoder.json")
+        check_seal(facts, f"'{folder / 'encoder.json'}'")
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise ValueError(f"{error}; remove the folder and encode again") from error
+    return {key: value for key, value in facts.items() if key != "check"}
 
 
 def read_index(folder: Path) -> dict[str, dict[str, Any]]:
-    """The lines of `index.jsonl` by the sha256 of their prompt; empty where there is no index yet."""
+    """The lines of `index.jsonl` by the sha256 of their prompt; empty where there is no index yet. ValueError for a damaged line."""
+    rows = {}
+    for number, row in read_lines(folder):
+        if isinstance(row, ValueError):
+            raise ValueError(
+                f"'{folder / 'index.jsonl'}' is not readable: line {number}: {row}; mend it with: wan-text cache prune '{folder}'"
+            )
+        rows[row["sha256"]] = row
+    return rows
+
+
+def read_lines(folder: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Every line of the index that is there whole, from 1 on: its record, or what is wrong with it."""
     index = folder / "index.jsonl"
-    try:
-        lines = index.read_text().splitlines() if index.exists() else []
-        rows = [json.loads(line) for line in lines if line and not _is_torn(line)]
-        return {row["sha256"]: row for row in rows}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"'{index}' is not readable: {error}; remove the folder and encode again") from error
+    for number, line in enumerate(index.read_bytes().splitlines() if index.exists() else [], 1):
+        if line and not _is_torn(line):
+            try:
+                yield number, _row(json.loads(line))
+            except (ValueError, TypeError, KeyError) as error:
+                yield number, ValueError(f"{type(error).__name__}: {error}")
+
+
+def _row(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise TypeError(f"it holds a {type(row).__name__}, expected a JSON object")
+    check_seal(row, "it")
+    for name, kind in {"sha256": str, "key": str, "tokens": int, "truncated": bool}.items():
+        if not isinstance(row[name], kind):
+            raise TypeError(f"{name} is {row[name]!r}")
+    return row
+
+
+def write_index(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Put these lines in the place of all others; while nobody appends, see `lock`."""
+    with replacing(folder / "index.jsonl") as scratch:
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lock(folder: Path) -> FileLock:
+    """Held by who changes the index; the system lets go of it where a process ends."""
+    return FileLock(folder / ".index.lock")
 
 
 def write_contexts(
@@ -83,7 +121,7 @@ def write_contexts(
     new = [(digest, prompt) for digest, prompt in wanted.items() if not _present(folder, index.get(digest))]
     for start in range(0, len(new), _CHUNK):
         chunk = new[start : start + _CHUNK]
-        _append(folder / "index.jsonl", _encode_chunk(encoder, chunk, folder, _identity(facts)))
+        _append(folder, _encode_chunk(encoder, chunk, folder, _identity(facts)))
         progress(len(chunk))
     return Written(len(new), len(wanted) - len(new))
 
@@ -93,7 +131,7 @@ def _start(folder: Path, facts: dict[str, Any]) -> None:
     if existing is None:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "encoder.json") as scratch:
-            scratch.write_text(json.dumps(facts, indent=2) + "\n")
+            scratch.write_text(json.dumps(sealed(facts), indent=2) + "\n")
     elif differ := [key for key in _identity(facts) if existing.get(key) != facts[key]]:
         if "dtype" in differ:  # the same weights have another fingerprint in another type
             differ = [key for key in differ if key != "fingerprint"]
@@ -115,22 +153,25 @@ def _encode_chunk(encoder: Any, chunk: list[tuple[str, str]], folder: Path, iden
     """Write the tensors of a chunk and return its lines of the index. The key covers the encoder and the ids it sees."""
     prompts = [prompt for _, prompt in chunk]
     rows = []
-    for (digest, _), tokens, context in zip(chunk, encoder.tokenize(prompts), encoder.encode(prompts), strict=True):
+    for (digest, prompt), tokens, context in zip(chunk, encoder.tokenize(prompts), encoder.encode(prompts), strict=True):
+        if not context.isfinite().all():
+            raise ValueError(f"the encoder makes NaN or infinite numbers of '{prompt[:40]}': use another type, such as fp32")
         key = hashlib.sha256(json.dumps([identity, list(tokens.ids)], sort_keys=True).encode()).hexdigest()[:32]
         with replacing(folder / f"{key}.safetensors") as scratch:
             save_file({"context": context.detach().cpu().contiguous()}, scratch, metadata={"format": "pt"})
-        rows.append({"sha256": digest, "key": key, "tokens": len(tokens.ids), "truncated": tokens.truncated})
+            content = hashlib.sha256(scratch.read_bytes()).hexdigest()
+        row = {"sha256": digest, "prompt": prompt, "key": key, "tokens": len(tokens.ids), "truncated": tokens.truncated, "file": content}
+        rows.append(sealed(row))
     return rows
 
 
-def _append(index: Path, rows: list[dict[str, Any]]) -> None:
-    """Add lines in one write each, which never mixes with that of another process; a line torn by a crash is ended first."""
-    with open(index, "ab+", buffering=0) as file:
+def _append(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Add lines, whole; a line torn by a crash is ended first."""
+    with lock(folder), open(folder / "index.jsonl", "ab+", buffering=0) as file:
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             file.write(b"\n")
-        for row in rows:
-            file.write(json.dumps(row).encode() + b"\n")
+        file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
 
-def _is_torn(line: str) -> bool:
-    return line.startswith("{") and not line.endswith("}")
+def _is_torn(line: bytes) -> bool:
+    return line.startswith(b"{") and not line.endswith(b"}")

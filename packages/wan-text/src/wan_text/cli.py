@@ -1,4 +1,4 @@
-"""The command `wan-text`: encode, tokenize, list, info. Help and listing import no torch."""
+"""The command `wan-text`: encode, tokenize, list, info, cache, rewrite. Help and listing import no torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from . import __version__
 from ._shared.cli import Parser, add_common, run, show
 from ._shared.discover import discover, resolve
+from .cache_commands import add_cache
 from .plugins import UMT5_TARGET, TextEncoderSpec, find_image_encoder, find_text_encoder, load_spec, plugin_manager
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -50,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "facts of an encoder or a context folder"
     info = _command(commands, "info", _info, text, "wan-text info umt5-xxl", listing=True)
     info.add_argument("name", help="a context folder, or name, file, folder, Hub id or module:attr of a text encoder")
+
+    add_cache(commands, _command, _prompts)
     return parser
 
 

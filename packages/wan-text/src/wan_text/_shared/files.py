@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, and JSON that is read with its file's name in every error."""
+"""Files that appear whole or not at all, JSON that is read with its file's name in every error, and records that tell damage."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -43,3 +44,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"'{path}' holds a {type(found).__name__}, expected a JSON object")
     return found
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a checksum of its other fields, as `check`."""
+    text = json.dumps({key: value for key, value in record.items() if key != "check"}, sort_keys=True)
+    return {**record, "check": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def check_seal(record: dict[str, Any], what: object) -> None:
+    """ValueError where a record with a `check` is not what it was when it was sealed."""
+    if "check" in record and sealed(record) != record:
+        raise ValueError(f"{what} is damaged: its checksum is {record['check']!r}, expected {sealed(record)['check']!r}")
