@@ -24,6 +24,8 @@ from .files import read_json
 State = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
 V = TypeVar("V")
+CHECKSUMS = "sha256"  # field of our config.json: file name to sha256
+VERIFIED = 1 << 30  # bytes up to which a file is checked when it is opened
 PIECE = 1 << 24  # numbers that are hashed at a time
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -70,13 +72,29 @@ def _has_weights(path: Path, patterns: Sequence[str]) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """The `config.json` in a folder or beside a file; None where there is none."""
+    """The `config.json` in a folder or beside a file, without its checksums; None where there is none."""
     config = path / "config.json" if path.is_dir() else path.with_name("config.json")
-    return read_json(config) if config.exists() else None
+    return {key: value for key, value in read_json(config).items() if key != CHECKSUMS} if config.exists() else None
+
+
+def _check_content(file: Path) -> None:
+    """ValueError where a file of our own is not what `save_folder` wrote; large ones are taken as they are."""
+    config = file.with_name("config.json")
+    expected = read_json(config).get(CHECKSUMS) if config.exists() and file.stat().st_size <= VERIFIED else None
+    if isinstance(expected, dict) and file.name in expected and expected[file.name] != _sha256(file):
+        raise ValueError(f"'{file}' is damaged: its content is not what was saved, by the sha256 in config.json")
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def read_state(path: Path) -> State:
-    """All tensors of a checkpoint, memory-mapped: safetensors, a pickle (`weights_only`), or a folder with either."""
+    """All tensors of a checkpoint, memory-mapped: safetensors, a pickle (`weights_only`), or a folder with either.
+
+    Raises ValueError where a file cannot be read, or is not the one whose sha256 our `config.json` beside it holds.
+    """
     if path.is_dir():
         shards = sorted(path.glob("*.safetensors")) or sorted(file for file in path.iterdir() if file.suffix in PICKLES)
         if not shards:
@@ -84,6 +102,7 @@ def read_state(path: Path) -> State:
         if index := next(path.glob("*.safetensors.index.json"), None):
             shards = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
         return {key: value for shard in shards for key, value in read_state(shard).items()}
+    _check_content(path)
     try:
         if path.suffix in PICKLES:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -217,7 +236,8 @@ def save_folder(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, 
             scratch / "model.safetensors",
             metadata={"format": "pt"},
         )
-        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        checksums = {CHECKSUMS: {"model.safetensors": _sha256(scratch / "model.safetensors")}}
+        (scratch / "config.json").write_text(json.dumps({**config, **checksums}, indent=2) + "\n")
         for name, data in (extra or {}).items():
             (scratch / name).write_bytes(data)
         folder.mkdir(exist_ok=True)
