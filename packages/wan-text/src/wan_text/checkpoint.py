@@ -11,14 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors import safe_open
+from torch import Tensor
 
+from ._shared.gguf_file import read_gguf
+from ._shared.packed import PackedState, Stored, join_scales
 from ._shared.weights import locate, read_config, read_state, rename, strip_prefix
 from .config import XXL, UMT5Config
-from .gguf_file import read_gguf, read_gguf_spiece
+from .gguf_tokenizer import has_tokenizer, sentencepiece_model
 from .layouts import (
     BLOCK_PREFIXES,
+    COMFY,
+    COMFY_EXTRAS,
     DECODER,
     GGUF,
     HF_EMBEDDING,
@@ -32,7 +38,6 @@ from .layouts import (
     SPIECE,
     table,
 )
-from .packed import PackedState, Stored, join_scales
 from .plugins import TextEncoderSpec
 from .tokenizer import Tokenizer
 
@@ -62,18 +67,25 @@ def read_encoder(path: Path) -> tuple[UMT5Config, PackedState]:
 def _read(weights: Path) -> tuple[int, PackedState]:
     """The layout of a file or folder, and its tensors without what is no part of the encoder."""
     if weights.suffix == ".gguf":
-        return GGUF, _encoder_alone(read_gguf(weights))
-    state = strip_prefix({key: value for key, value in read_state(weights).items() if key.rpartition(".")[2] != SPIECE}, PREFIXES)
-    state = strip_prefix(state, PREFIXES)
+        return GGUF, _encoder_alone(read_gguf(weights).tensors)
+    state = read_state(weights)
+    if parts := [key for key in state if key.startswith(COMFY)]:  # of a file that holds a whole model, or its text encoders
+        state = {key.removeprefix(COMFY).removeprefix("transformer."): state[key] for key in parts}
+    state = strip_prefix({key: value for key, value in state.items() if key not in COMFY_EXTRAS}, PREFIXES)
     if any(".SelfAttention." in key for key in state):
         copy = state.pop(HF_EMBEDDING_COPY, None)
-        if copy is not None and not state.setdefault(HF_EMBEDDING, copy).equal(copy):
+        if copy is not None and not _same(state.setdefault(HF_EMBEDDING, copy), copy):
             raise ValueError(f"'{weights}': '{HF_EMBEDDING}' and '{HF_EMBEDDING_COPY}' differ, expected one table: remove the wrong one")
         return HUGGING_FACE, join_scales(_encoder_alone(state), weights)
     state = strip_prefix(state, ("encoder.",))
     for spelling, official in SPELLINGS:
         state = {key.replace(spelling, official): value for key, value in state.items()}
     return OFFICIAL, join_scales(state, weights)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same bytes."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def _encoder_alone(state: dict[str, Any]) -> dict[str, Any]:
@@ -158,10 +170,7 @@ def spec_of(config: UMT5Config, name: str) -> TextEncoderSpec:
 
 def read_spiece(path: Path) -> bytes:
     """The sentencepiece model in or beside a checkpoint; FileNotFoundError says where it was looked for."""
-    weights = _weights(path)
-    if weights.suffix == ".gguf":
-        return read_gguf_spiece(weights)
-    if embedded := _embedded_spiece(weights):
+    if embedded := _embedded_spiece(_weights(path)):
         return embedded
     folder = path if path.is_dir() else path.parent
     places = [folder / name for name in TOKENIZER_FILES] + [folder.parent / "tokenizer" / "spiece.model"]
@@ -172,7 +181,10 @@ def read_spiece(path: Path) -> bytes:
 
 
 def _embedded_spiece(weights: Path) -> bytes | None:
-    """The tokenizer that ComfyUI's files carry as a tensor."""
+    """The tokenizer that ComfyUI's files carry as a tensor, and GGUF files as metadata."""
+    if weights.suffix == ".gguf":
+        metadata = read_gguf(weights).metadata
+        return sentencepiece_model(metadata) if has_tokenizer(metadata) else None
     if not weights.is_file() or weights.suffix != ".safetensors":
         return None
     with safe_open(weights, "np") as file:

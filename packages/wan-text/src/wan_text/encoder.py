@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from ._shared.weights import Pretrained, build, locate
+from ._shared.packed import PackedState, kinds
+from ._shared.weights import Pretrained, build, default_dtype, fingerprint, locate
 from .config import UMT5Config
 from .layouts import official_names
-from .packed import PackedState, kinds
 from .plugins import TextEncoderSpec
-from .quantised import Quantisation, linears, quantise_state, replace_linears
+from .quantised import Quantisation, linears, packed_state, quantise_state, replace_linears
 from .tokenizer import PAD, Tokenizer, Tokens, clean, cleaner_id, train_tokenizer
 from .umt5 import UMT5Encoder
 
@@ -116,19 +116,19 @@ class TextEncoder(PromptEncoder, Pretrained):
         """
         path = locate(source, cls.hub_files)
         config, state = cls.read_checkpoint(path)
-        packed: set[str] = set()
-        if quantise or "int8" in kinds(state):
-            with torch.device("meta"):
-                packed = {f"{_PREFIX}{name}" for name, _ in linears(UMT5Encoder(config))}
-            state = quantise_state(state, packed)
+        dtype = dtype or default_dtype(state, torch.device(device or "cpu"))
+        if not quantise and "int8" not in kinds(state):
+            return build(lambda: cls.make(config, path), state, dtype=dtype, device=device, source=path)
+        with torch.device("meta"):
+            layers = {f"{_PREFIX}{name}" for name, _ in linears(UMT5Encoder(config))}
 
         def make() -> TextEncoder:
             encoder = cls.make(config, path)
-            if packed:
-                replace_linears(encoder.umt5)
+            replace_linears(encoder.umt5)
             return encoder
 
-        kept = {f"{name}.{field}" for name in packed for field in ("weight", "weight_scale")}
+        state = quantise_state(state, layers)
+        kept = {f"{name}.{field}" for name in layers for field in ("weight", "weight_scale")}
         return cast(Self, build(make, state, dtype=dtype, device=device, source=path, kept=kept))
 
     @classmethod
@@ -161,7 +161,9 @@ class TextEncoder(PromptEncoder, Pretrained):
 
     def fingerprint(self) -> str:
         """sha256 of all that decides what a prompt becomes but the cleaner."""
-        return self.identity(super().fingerprint())
+        state, names = packed_state(self.state_dict()), self.official_names(self.config)
+        dtype = self.umt5.token_embedding.weight.dtype if kinds(state) else None
+        return self.identity(fingerprint({names[key]: value for key, value in state.items()}, dtype))
 
 
 def padded(batch: list[tuple[int, ...]]) -> tuple[Tensor, Tensor | None]:

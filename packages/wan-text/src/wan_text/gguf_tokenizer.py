@@ -9,8 +9,7 @@ import numpy as np
 
 VARINT, BYTES, FLOAT = 0, 2, 5  # wire types of a protocol buffer
 UNIGRAM = 1  # sentencepiece's number for it
-BYTE_FALLBACK = 35  # of its TrainerSpec, as the ids
-IDS = {40: "unknown", 41: "bos", 42: "eos", 43: "padding"}
+BYTE_FALLBACK = 35  # of its TrainerSpec; special ids are those of the pieces that bear their names
 NORMAL, USER_DEFINED, UNUSED, BYTE = 1, 4, 5, 6  # types of pieces
 
 
@@ -30,9 +29,6 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
         piece = _field(1, BYTES, token.encode()) + _field(2, FLOAT, np.float32(score).tobytes()) + _field(3, VARINT, used)
         pieces.append(_field(1, BYTES, piece))
     trainer = _field(3, VARINT, UNIGRAM) + _field(BYTE_FALLBACK, VARINT, int(BYTE in types))
-    for number, name in IDS.items():
-        if f"{name}_token_id" in values:
-            trainer += _field(number, VARINT, int(values[f"{name}_token_id"]))
     normalizer = _field(1, BYTES, b"nmt_nfkc")
     if "precompiled_charsmap" in values:
         normalizer += _field(2, BYTES, np.asarray(values["precompiled_charsmap"]).astype(np.uint8).tobytes())

@@ -25,7 +25,8 @@ BLOCK_NAMES = (
 BLOCK_PREFIXES = ("blocks", "blocks", "encoder.block", "enc.blk")
 # other spellings of official names, and what they stand for
 SPELLINGS = ((".attention.", ".attn."), ("final_norm.", "norm."))
-PREFIXES = ("text_encoders.umt5xxl.transformer.", "umt5xxl.transformer.", "text_encoder.", "model.")
+COMFY = "text_encoders.umt5xxl."  # of ComfyUI's files with several models; "transformer." follows it but for markers
+PREFIXES = ("umt5xxl.transformer.", "text_encoder.", "model.")
 # our field: Hugging Face's field; dim_attn is d_kv * num_heads there
 HF_FIELDS = {
     "vocab_size": "vocab_size",
@@ -40,6 +41,7 @@ HF_FIELDS = {
 DECODER = ("decoder.", "lm_head.", "dec.", "output.")
 HF_EMBEDDING, HF_EMBEDDING_COPY = "shared.weight", "encoder.embed_tokens.weight"
 SPIECE = "spiece_model"  # a uint8 tensor with the whole tokenizer, in ComfyUI's files
+COMFY_EXTRAS = (SPIECE, "logit_scale")  # what is no part of the encoder there
 
 
 def table(layers: int, source: int, target: int) -> dict[str, str]:

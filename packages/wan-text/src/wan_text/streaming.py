@@ -7,18 +7,18 @@ encodes with about 0.7 GB of memory beside the activations.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from ._shared.packed import PackedState
 from ._shared.weights import default_dtype, fingerprint, locate
 from .config import UMT5Config
 from .encoder import PromptEncoder
 from .layouts import official_names
-from .packed import PackedState
 from .umt5 import Block, RMSNorm, position_buckets
 
 ATTENTION = ("norm1", "attn.q", "attn.k", "attn.v", "attn.o", "position_bias")
@@ -52,33 +52,47 @@ class StreamingTextEncoder(PromptEncoder):
 
     @torch.no_grad()
     def hidden(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-        given = list(batches)
-        c = self.config
-        buckets = [position_buckets(ids.shape[1], c.num_buckets, c.max_distance).to(self.device) for ids, _ in given]
-        masked = [None if mask is None else (mask == 0)[:, None, None].to(self.device) for _, mask in given]
-        hidden = self._embedded([ids for ids, _ in given])
-        for i in range(c.num_layers):
-            with torch.device("meta"):
-                block = Block(c)
-            halves: tuple[tuple[tuple[str, ...], Callable[..., Tensor]], ...] = ((ATTENTION, block.attend), (FEED_FORWARD, block.feed))
-            for names, run in halves:
-                self._fill(block, f"blocks.{i}.", names)
-                for j, x in enumerate(hidden):
-                    hidden[j] = run(x, buckets[j], masked[j]) if names is ATTENTION else run(x)
-                block.to("meta")
+        ids, masks = [], []
+        for row, mask in batches:
+            ids.append(row)
+            masks.append(None if mask is None else (mask == 0)[:, None, None].to(self.device))
+        hidden = self._embedded(ids)
+        for i in range(self.config.num_layers if hidden else 0):
+            self._attend(i, hidden, masks)
+            self._feed(i, hidden)
         with torch.device("meta"):
-            norm = RMSNorm(c.dim)
+            norm = RMSNorm(self.config.dim)
         self._fill(norm, "norm.", ("",))
         return [norm(x) for x in hidden]
 
     def _embedded(self, batches: list[Tensor]) -> list[Tensor]:
-        """The rows of the embedding table that are needed, each once."""
-        rows, places = torch.cat([ids.flatten() for ids in batches]).unique(return_inverse=True) if batches else (torch.empty(0), None)
-        if places is None:
+        """`[B, L, D]` of ids `[B, L]`; each row of the table that is needed is read once."""
+        if not batches:
             return []
+        rows, places = torch.cat([ids.flatten() for ids in batches]).unique(return_inverse=True)
         table = self.state["token_embedding.weight"][rows].to(self.device, self.dtype)
-        parts = places.split([ids.numel() for ids in batches])
-        return [table[part.to(self.device)].unflatten(0, ids.shape) for part, ids in zip(parts, batches, strict=True)]
+        parts = places.to(self.device).split([ids.numel() for ids in batches])
+        return [table[part].unflatten(0, ids.shape) for part, ids in zip(parts, batches, strict=True)]
+
+    def _attend(self, i: int, hidden: list[Tensor], masks: list[Tensor | None]) -> None:
+        """The attention half of block i, in place; its weights are gone afterwards."""
+        c, block = self.config, self._block(i, ATTENTION)
+        for j, (x, mask) in enumerate(zip(hidden, masks, strict=True)):
+            buckets = position_buckets(x.shape[1], c.num_buckets, c.max_distance).to(self.device)
+            hidden[j] = block.attend(x, buckets, mask)
+
+    def _feed(self, i: int, hidden: list[Tensor]) -> None:
+        """The feed-forward half of block i, in place."""
+        block = self._block(i, FEED_FORWARD)
+        for j, x in enumerate(hidden):
+            hidden[j] = block.feed(x)
+
+    def _block(self, i: int, names: tuple[str, ...]) -> Block:
+        """Block i with the weights of these layers, and without the others."""
+        with torch.device("meta"):
+            block = Block(self.config)
+        self._fill(block, f"blocks.{i}.", names)
+        return block
 
     def _fill(self, module: nn.Module, prefix: str, names: tuple[str, ...]) -> None:
         weights = [f"{name}.weight".removeprefix(".") for name in names]

@@ -101,7 +101,13 @@ def read_state(path: Path) -> State:
             raise FileNotFoundError(f"no .safetensors or {'/'.join(PICKLES)} file in '{path}'")
         if index := next(path.glob("*.safetensors.index.json"), None):
             shards = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        return {key: value for shard in shards for key, value in read_state(shard).items()}
+        found: State = {}
+        for shard in shards:
+            state = read_state(shard)
+            if twice := found.keys() & state.keys():
+                raise ValueError(f"'{path}': tensor '{min(twice)}' is in several files: give the one to read")
+            found |= state
+        return found
     _check_content(path)
     try:
         if path.suffix in PICKLES:
