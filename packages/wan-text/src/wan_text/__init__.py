@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .plugins import TextEncoderSpec as TextEncoderSpec
     from .plugins import hookimpl as hookimpl
     from .plugins import load_image_encoder as load_image_encoder
+    from .plugins import load_prompt_rewriter as load_prompt_rewriter
     from .plugins import load_text_encoder as load_text_encoder
     from .tokenizer import Tokenizer as Tokenizer
     from .umt5 import UMT5Encoder as UMT5Encoder
@@ -23,6 +24,7 @@ _EXPORTS = {
     "TextEncoderSpec": "wan_text.plugins",
     "hookimpl": "wan_text.plugins",
     "load_image_encoder": "wan_text.plugins",
+    "load_prompt_rewriter": "wan_text.plugins",
     "load_text_encoder": "wan_text.plugins",
     "UMT5Encoder": "wan_text.umt5",
     "UMT5Config": "wan_text.config",

@@ -13,11 +13,12 @@ from . import __version__
 from ._shared.cli import Parser, add_common, run, show
 from ._shared.discover import discover, resolve
 from .cache_commands import add_cache
-from .plugins import UMT5_TARGET, TextEncoderSpec, find_image_encoder, find_text_encoder, load_spec, plugin_manager
+from .plugins import UMT5_TARGET, ImageEncoderSpec, TextEncoderSpec, find_image_encoder, find_text_encoder, load_spec, plugin_manager
+from .rewrite_command import add_rewrite
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEFAULT = "tiny"
-KINDS = {"wan_text_encoders": "text encoder", "wan_image_encoders": "image encoder"}
+KINDS = {"wan_text_encoders": "text encoder", "wan_image_encoders": "image encoder", "wan_prompt_rewriters": "prompt rewriter"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,13 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     tokenize = _command(commands, "tokenize", _tokenize, text, "wan-text tokenize 'a red circle' --json", listing=True)
     _add_prompts(tokenize)
 
-    _command(commands, "list", _list, "the installed encoders of text and images", "wan-text list --json", listing=True)
+    _command(commands, "list", _list, "the installed encoders and prompt rewriters", "wan-text list --json", listing=True)
 
     text = "facts of an encoder or a context folder"
     info = _command(commands, "info", _info, text, "wan-text info umt5-xxl", listing=True)
     info.add_argument("name", help="a context folder, or name, file, folder, Hub id or module:attr of a text encoder")
 
     add_cache(commands, _command, _prompts)
+    add_rewrite(commands, _command, _prompts)
     return parser
 
 
@@ -113,15 +115,19 @@ def _list(args: argparse.Namespace) -> None:
     for dist, error in pm.broken.items():
         blank = dict.fromkeys(rows[0] if rows else (), "")
         rows.append({**blank, "distribution": dist, "version": pm.versions.get(dist, ""), "status": f"{type(error).__name__}: {error}"})
-    show(rows, as_json=args.json, empty="no encoder is installed")
+    show(rows, as_json=args.json, empty="nothing is installed")
 
 
 def _columns(spec: Any) -> dict[str, Any]:
-    """What is listed of an encoder of either kind; empty where it could not be had."""
-    if spec is None:
-        return dict.fromkeys(("space", "dim", "tokens", "weights", "summary"), "")
-    text = isinstance(spec, TextEncoderSpec)
-    facts = (spec.embedding_space, spec.embed_dim, spec.max_tokens) if text else (spec.image_space, spec.image_dim, spec.tokens)
+    """What is listed of a spec of any kind; empty where it has none, or could not be had."""
+    blank = dict.fromkeys(("space", "dim", "tokens", "weights"), "")
+    if not isinstance(spec, TextEncoderSpec | ImageEncoderSpec):
+        return blank | {"summary": getattr(spec, "summary", "")}
+    facts: tuple[str, int, int]
+    if isinstance(spec, TextEncoderSpec):
+        facts = (spec.embedding_space, spec.embed_dim, spec.max_tokens)
+    else:
+        facts = (spec.image_space, spec.image_dim, spec.tokens)
     return dict(zip(("space", "dim", "tokens"), facts, strict=True)) | {"weights": spec.weights or "none", "summary": spec.summary}
 
 

@@ -1,10 +1,10 @@
-"""The encoders of this package."""
+"""The encoders and rewriters of this package."""
 
 from __future__ import annotations
 
 from functools import partial
 
-from .plugins import ImageEncoderSpec, TextEncoderSpec, hookimpl
+from .plugins import ImageEncoderSpec, PromptRewriterSpec, TextEncoderSpec, hookimpl
 
 _Spec = partial(TextEncoderSpec, target="wan_text.encoder:TextEncoder", format="wan-text/1", describe="wan_text.checkpoint:describe")
 
@@ -45,4 +45,12 @@ def wan_image_encoders() -> list[ImageEncoderSpec]:
             weights="hub:Wan-AI/Wan2.1-I2V-14B-480P",
             summary="the vision tower of Wan2.1 I2V, FLF2V and Animate, 0.6 B parameters",
         ),
+    ]
+
+
+@hookimpl
+def wan_prompt_rewriters() -> list[PromptRewriterSpec]:
+    return [
+        PromptRewriterSpec("template", "wan_text.rewrite:TemplateRewriter", summary="puts prompts into a template"),
+        PromptRewriterSpec("openai", "wan_text.rewrite:ChatRewriter", summary="asks a language model behind an OpenAI-compatible endpoint"),
     ]

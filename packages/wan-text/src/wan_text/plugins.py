@@ -1,4 +1,4 @@
-"""The kinds `wan_text_encoders` and `wan_image_encoders`: their hooks, spec records and lookups. Imports no torch."""
+"""The kinds `wan_text_encoders`, `wan_image_encoders` and `wan_prompt_rewriters`: hooks, spec records, lookups. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ._shared.discover import discover as discover
 from ._shared.discover import hookimpl as hookimpl
 from ._shared.discover import hookspec, resolve
 from ._shared.discover import plugin_manager as _plugin_manager
-from ._shared.spec import ModelSpec
+from ._shared.spec import ModelSpec, Spec
 
 if TYPE_CHECKING:
     import pluggy
@@ -47,6 +47,11 @@ class ImageEncoderSpec(ModelSpec):
     tokens: int
 
 
+@dataclass(frozen=True)
+class PromptRewriterSpec(Spec):
+    """A rewriter of prompts; `target` makes one from keyword options and has `rewrite` (`wan_text.rewrite.PromptRewriter`)."""
+
+
 class Hooks:
     """What a plugin of these kinds implements."""
 
@@ -57,6 +62,10 @@ class Hooks:
     @hookspec
     def wan_image_encoders(self) -> Iterable[ImageEncoderSpec]:  # type: ignore[empty-body]
         """Encoders of reference images, as specs."""
+
+    @hookspec
+    def wan_prompt_rewriters(self) -> Iterable[PromptRewriterSpec]:  # type: ignore[empty-body]
+        """Rewriters of prompts, as specs."""
 
 
 def plugin_manager() -> PluginManager:
@@ -123,3 +132,21 @@ def load_image_encoder(ref: str = "clip-vit-h-14", *, dtype: Any = None, device:
     Example: `load_image_encoder("clip-vit-h-14").encode(images)` is `[B, 257, 1280]` for images `[B, 3, H, W]` in [-1, 1].
     """
     return find_image_encoder(ref, pm).load(dtype=dtype, device=device)
+
+
+def find_prompt_rewriter(ref: str, pm: pluggy.PluginManager | None = None) -> PromptRewriterSpec:
+    """The spec that a name or import string names; LookupError says what is installed."""
+    spec: PromptRewriterSpec = resolve("wan_prompt_rewriters", ref, pm or plugin_manager(), install="wan-text")
+    return spec
+
+
+def load_prompt_rewriter(ref: str = "template", *, pm: pluggy.PluginManager | None = None, **options: Any) -> Any:
+    """Make a rewriter of prompts by name or import string; ValueError where it does not take these options.
+
+    Example: `load_prompt_rewriter("openai", base_url="http://localhost:8000/v1", model="qwen").rewrite(["a cat"])[0].text`
+    """
+    spec = find_prompt_rewriter(ref, pm)
+    try:
+        return spec.resolve()(**options)
+    except TypeError as error:
+        raise ValueError(f"prompt rewriter '{ref}' cannot be made with {', '.join(options) or 'no options'}: {error}") from error
