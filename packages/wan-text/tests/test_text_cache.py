@@ -260,3 +260,9 @@ def test_a_context_that_was_exchanged_is_found(folder: Path) -> None:
     save_file({"context": torch.zeros(6, 96)}, first)
     second.write_bytes(first.read_bytes())
     assert len(verify(folder)) == 2
+
+
+def test_half_a_character_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["encode", "red \ud83d", "-o", str(tmp_path / "contexts")]) == 2
+    expected = "wan-text: error: prompt 'red \\ud83d' holds half a character at 4 (a lone surrogate): it is no UTF-8 text\n"
+    assert capsys.readouterr().err == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,41 @@ def test_cleaning_leaves_single_spaces_and_no_ends(prompt: str) -> None:
     assert not set("\t\n\r\x0b\x0c\x85\u00a0\u2003\u2028\u3000") & set(text)
     assert clean(prompt, "lower") == text.lower()
     text.encode()
+
+
+JOINED = "\u200d\u200b\ufeff\u0301\U0001f468\U0001f469\u2764\ufe0f"
+ODD = st.text(st.sampled_from(f"a <>/s&;{JOINED}\u202e\u0645\u05d0\x00\x07\x1c\xa0\u3000\uff21\ufb01\u201c\u2019\xc3\xa9"))
+ESCAPES = ("&amp;", "&amp;amp;", "&lt;", "&#x41;", "&nbsp;", "&quot", "<0x41>", "<extra_id_0>", "\u2581", " ")
+ENTITIES = st.lists(st.sampled_from(ESCAPES)).map("".join)
+ANYTHING = st.one_of(st.text(), ODD, ENTITIES)
+
+
+@given(ANYTHING)
+def test_bytes_lose_nothing_that_sentencepiece_normalises_to(prompt: str) -> None:
+    tokenizer = Tokenizer(SPIECE, max_tokens=10_000)
+    normalised = PIECES.normalize(clean(prompt)).replace("\u2581", " ").strip()
+    assert tokenizer.decode(ids(tokenizer, prompt)).strip() == normalised
+    assert all(0 <= i < tokenizer.vocab_size for i in ids(tokenizer, prompt))
+
+
+@given(ANYTHING)
+def test_unknowns_are_fused_and_no_bytes_remain(prompt: str) -> None:
+    as_unknown, as_bytes = ids(Tokenizer(SPIECE, 10_000, "unk"), prompt), ids(Tokenizer(SPIECE, 10_000), prompt)
+    assert not any(PIECES.is_byte(i) for i in as_unknown)
+    assert (3, 3) not in pairwise(as_unknown)
+    assert (3 in as_unknown) == any(PIECES.is_byte(i) for i in as_bytes)
+
+
+@given(ANYTHING)
+def test_cleaning_settles_but_for_entities(prompt: str) -> None:
+    """Every pass unescapes twice, as the reference does: what was escaped more often than that changes again."""
+    once = clean(prompt)
+    assert clean(once) == once or "&" in once
+    for mode in ("lower", "canonicalize"):
+        assert clean(prompt, mode) == clean(prompt, mode).lower()
+
+
+def test_half_a_character_is_left_out() -> None:
+    """ftfy makes it U+FFFD, which sentencepiece's normalisation takes for a space."""
+    tokenizer = Tokenizer(SPIECE)
+    assert tokenizer.decode(ids(tokenizer, "red \ud83d circle")) == "red circle"

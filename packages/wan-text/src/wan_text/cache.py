@@ -107,6 +107,15 @@ def lock(folder: Path) -> FileLock:
     return FileLock(folder / ".index.lock")
 
 
+def digest(prompt: str) -> str:
+    """sha256 of a prompt's raw text, by which readers without an encoder find it. ValueError for a text that has no bytes."""
+    try:
+        return hashlib.sha256(prompt.encode()).hexdigest()
+    except UnicodeEncodeError as error:
+        shown = prompt[:40].encode(errors="backslashreplace").decode()
+        raise ValueError(f"prompt '{shown}' holds half a character at {error.start} (a lone surrogate): it is no UTF-8 text") from error
+
+
 def write_contexts(
     encoder: Any, prompts: Iterable[str], folder: Path, *, name: str, progress: Callable[[int], object] = lambda done: None
 ) -> Written:
@@ -117,8 +126,8 @@ def write_contexts(
     facts = encoder_facts(encoder, name)
     _start(folder, facts)
     index = read_index(folder)
-    wanted = {hashlib.sha256(prompt.encode()).hexdigest(): prompt for prompt in prompts}
-    new = [(digest, prompt) for digest, prompt in wanted.items() if not _present(folder, index.get(digest))]
+    wanted = {digest(prompt): prompt for prompt in prompts}
+    new = [(name, prompt) for name, prompt in wanted.items() if not _present(folder, index.get(name))]
     for start in range(0, len(new), _CHUNK):
         chunk = new[start : start + _CHUNK]
         _append(folder, _encode_chunk(encoder, chunk, folder, _identity(facts)))
@@ -153,14 +162,14 @@ def _encode_chunk(encoder: Any, chunk: list[tuple[str, str]], folder: Path, iden
     """Write the tensors of a chunk and return its lines of the index. The key covers the encoder and the ids it sees."""
     prompts = [prompt for _, prompt in chunk]
     rows = []
-    for (digest, prompt), tokens, context in zip(chunk, encoder.tokenize(prompts), encoder.encode(prompts), strict=True):
+    for (name, prompt), tokens, context in zip(chunk, encoder.tokenize(prompts), encoder.encode(prompts), strict=True):
         if not context.isfinite().all():
             raise ValueError(f"the encoder makes NaN or infinite numbers of '{prompt[:40]}': use another type, such as fp32")
         key = hashlib.sha256(json.dumps([identity, list(tokens.ids)], sort_keys=True).encode()).hexdigest()[:32]
         with replacing(folder / f"{key}.safetensors") as scratch:
             save_file({"context": context.detach().cpu().contiguous()}, scratch, metadata={"format": "pt"})
             content = hashlib.sha256(scratch.read_bytes()).hexdigest()
-        row = {"sha256": digest, "prompt": prompt, "key": key, "tokens": len(tokens.ids), "truncated": tokens.truncated, "file": content}
+        row = {"sha256": name, "prompt": prompt, "key": key, "tokens": len(tokens.ids), "truncated": tokens.truncated, "file": content}
         rows.append(sealed(row))
     return rows
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from .cache import lock, read_facts, read_lines, write_index
+from .cache import digest, lock, read_facts, read_lines, write_index
 
 GRACE = 600  # seconds for which a file that no line names may be one that a writer is about to name
 
@@ -81,7 +81,7 @@ def prune(folder: Path, keep: list[str] | None = None, *, dry_run: bool = False,
     ValueError where `encoder.json` is damaged: then nothing in the folder can be told.
     """
     facts = _facts(folder)
-    wanted = None if keep is None else {hashlib.sha256(prompt.encode()).hexdigest() for prompt in keep}
+    wanted = None if keep is None else {digest(prompt) for prompt in keep}
     with lock(folder):
         rows, problems = _rows(folder)
         good = [row for row in rows.values() if (wanted is None or row["sha256"] in wanted) and not _damage(folder, row, facts)]
