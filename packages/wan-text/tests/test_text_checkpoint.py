@@ -135,6 +135,10 @@ def test_broken_checkpoints_name_the_tensor(encoder: TextEncoder, tmp_path: Path
     state = {key: value.clone() for key, value in load_file(file).items()}
     break_it(state)
     save_file(state, file)
+    with pytest.raises(ValueError, match="is damaged: its content is not what was saved"):
+        TextEncoder.from_pretrained(tmp_path / "mine")
+    config = tmp_path / "mine" / "config.json"
+    config.write_text(json.dumps({key: value for key, value in json.loads(config.read_text()).items() if key != "sha256"}))
     with pytest.raises(ValueError, match=message):
         TextEncoder.from_pretrained(tmp_path / "mine")
 

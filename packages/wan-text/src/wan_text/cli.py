@@ -1,4 +1,4 @@
-"""The command `wan-text`: encode, tokenize, list, info, cache, rewrite. Help and listing import no torch."""
+"""The command `wan-text`: encode, tokenize, list, info, convert, cache, rewrite. Help and listing import no torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from . import __version__
 from ._shared.cli import Parser, add_common, run, show
 from ._shared.discover import discover, resolve
 from .cache_commands import add_cache
+from .convert_command import add_convert
 from .plugins import UMT5_TARGET, ImageEncoderSpec, TextEncoderSpec, find_image_encoder, find_text_encoder, load_spec, plugin_manager
 from .rewrite_command import add_rewrite
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     info = _command(commands, "info", _info, text, "wan-text info umt5-xxl", listing=True)
     info.add_argument("name", help="a context folder, or name, file, folder, Hub id or module:attr of a text encoder")
 
+    add_convert(commands, _command, DTYPES)
     add_cache(commands, _command, _prompts)
     add_rewrite(commands, _command, _prompts)
     return parser
