@@ -16,7 +16,9 @@ from page import header, machine, table
 from references import backbone_pair, padded, reference_latents, reference_video, text_pair, vae_pair
 from timing import Comparison, compare
 from wan_dit.config import DiTConfig
-from wan_text.config import UMT5Config
+from wan_text.config import XXL
+from wan_text.encoder import length_batches
+from wan_text.encoder import padded as padded_batch
 from wan_vae.config import WAN21, WAN22
 from wan_vae.testing import difference
 
@@ -24,15 +26,16 @@ SUMMARY = """
 Ours against the reference library with the same random weights, on the same input, in fp32. Both alternate in one process,
 or one fresh process after the other, after one run each to warm up. Times are CPU time of one thread: on an idle machine that
 is the wall time, on a busy one it still holds. A ratio is the reference's time over ours, so above 1 ours is faster: the median
-over pairs, then the least and the greatest. Ratios are of these shapes and this machine, not a promise for a GPU, and the text
-encoder and the backbone are narrower than the published ones. "Apart" is the largest difference between the two results over
-max(1, largest reference).
+over pairs, then the least and the greatest. Ratios are of these shapes and this machine, not a promise for a GPU, and the
+backbone is narrower than the published ones. "Apart" is the largest difference between the two results over max(1, largest
+reference).
 """
 COLUMNS = ["what", "ours", "reference", "ratio", "pairs", "apart"]
 VAE21 = WAN21.model_copy(update={"base_dim": 32, "decoder_base_dim": 32})
 VAE22 = WAN22.model_copy(update={"base_dim": 32, "decoder_base_dim": 48})
 FRAMES, HEIGHT, WIDTH = 9, 64, 112
-UMT5 = UMT5Config(vocab_size=4096, dim=512, dim_attn=512, dim_ffn=1280, num_heads=8, num_layers=4, embedding_space="bench")
+UMT5 = XXL.model_copy(update={"vocab_size": 4096, "num_layers": 1})
+LENGTHS = (6, 12, 20, 33, 48, 64, 90, 112)  # tokens of eight prompts
 PROMPT_TOKENS = 20
 DIT = DiTConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=6, text_dim=512)
 GRID = (3, 20, 20)  # latents; 300 tokens
@@ -97,17 +100,30 @@ def widths() -> Iterator[Comparison]:
 
 
 def text() -> Iterator[Comparison]:
+    """One block of umT5-XXL. The reference gets what Wan's pipelines give it: every prompt padded to 512, with a mask."""
     ours, theirs = text_pair(UMT5)
-    ids = torch.randint(0, UMT5.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(2))
-    padding = torch.zeros(1, UMT5.max_tokens - PROMPT_TOKENS, dtype=torch.long)
-    wide, mask = torch.cat([ids, padding], 1), torch.cat([torch.ones_like(ids), padding], 1)
-    yield run(
-        f"{PROMPT_TOKENS} tokens; the reference padded to {UMT5.max_tokens} and cut, as Wan's pipelines do",
-        lambda: ours(ids),
-        lambda: theirs(input_ids=wide, attention_mask=mask).last_hidden_state[:, :PROMPT_TOKENS],
-        15,
-    )
-    yield run(f"{PROMPT_TOKENS} tokens, both at true length", lambda: ours(ids), lambda: theirs(input_ids=ids).last_hidden_state, 30)
+    generator = torch.Generator().manual_seed(2)
+
+    def prompts(*lengths: int) -> list[tuple[int, ...]]:
+        return [tuple(torch.randint(2, UMT5.vocab_size, (length,), generator=generator).tolist()) for length in lengths]
+
+    def mine(ids: list[tuple[int, ...]]) -> torch.Tensor:
+        rows = {}
+        for batch in length_batches(ids):
+            rows.update((one, row[: len(one)]) for one, row in zip(batch, ours(*padded_batch(batch)), strict=True))
+        return torch.cat([rows[one] for one in ids])
+
+    def reference(ids: list[tuple[int, ...]]) -> torch.Tensor:
+        wide = torch.tensor([[*one, *[0] * (UMT5.max_tokens - len(one))] for one in ids])
+        mask = torch.tensor([[int(i < len(one)) for i in range(UMT5.max_tokens)] for one in ids])
+        hidden = theirs(input_ids=wide, attention_mask=mask).last_hidden_state
+        return torch.cat([row[: len(one)] for one, row in zip(ids, hidden, strict=True)])
+
+    for length in (16, 64, 128):
+        ids = prompts(length)
+        yield run(f"one prompt of {length} tokens", partial(mine, ids), partial(reference, ids), 3)
+    ids = prompts(*LENGTHS)
+    yield run(f"eight prompts of {min(LENGTHS)} to {max(LENGTHS)} tokens", partial(mine, ids), partial(reference, ids), 2, warm=False)
 
 
 def backbone() -> Iterator[Comparison]:
@@ -144,11 +160,13 @@ def imports() -> Iterator[Comparison]:
     yield fresh("import wan_dit", "import diffusers", 5)
     yield fresh("from wan_dit import Pipeline", "from diffusers import WanPipeline", 3)
     yield fresh("from wan_vae import WanVAE", "from diffusers import AutoencoderKLWan", 3)
-    yield fresh("from wan_text.umt5 import UMT5Encoder", "from transformers import UMT5EncoderModel", 3)
+    yield fresh("from wan_text import TextEncoder", "from transformers import UMT5EncoderModel, T5Tokenizer", 3)
+    yield fresh("import wan_text", "import transformers", 5)
 
 
 def listing() -> Iterator[Comparison]:
     yield fresh("from wan_dit.cli import main; main(['plugins'])", "import torch", 9)
+    yield fresh("from wan_text.cli import main; main(['list'])", "import transformers", 5)
 
 
 def memory() -> str:
@@ -168,26 +186,38 @@ SECTIONS = (
     ("Video VAE", "Wan2.1 at full width against diffusers' AutoencoderKLWan; normalised latents in and out", vae),
     ("A clip that stands still", "Wan2.1 at full width, ours with the shortcut against ours without it, equal to the bit", still),
     ("Video VAE, other widths", "against diffusers' AutoencoderKLWan; normalised latents in and out", widths),
-    ("Text encoder", f"against transformers' UMT5EncoderModel; width {UMT5.dim}, {UMT5.num_layers} layers, one prompt", text),
+    (
+        "Text encoder",
+        "one block of umT5-XXL; transformers' UMT5EncoderModel gets prompts padded to 512 tokens, as Wan's pipelines give it",
+        text,
+    ),
     ("Backbone", f"against diffusers' WanTransformer3DModel; width {DIT.dim}, {DIT.num_layers} layers, 300 tokens, one sample", backbone),
     ("Imports", "in fresh processes, Python's own start included", imports),
-    ("Listing plugins", "all kinds, in fresh processes, against what importing torch alone would add", listing),
+    ("Listing plugins", "in fresh processes, against what importing torch, or transformers, alone would take", listing),
 )
 
 
-def main(target: Path) -> None:
+def main(target: Path, chosen: list[str]) -> None:
+    """Write the page; with titles, as they are in lower case, measure these sections and leave the others as they were."""
     torch.set_num_threads(1)
+    known = [title.lower() for title, *_ in SECTIONS]
+    if unknown := sorted(set(chosen) - set(known)):
+        raise SystemExit(f"no section {', '.join(unknown)}; there are {', '.join(known)}")
+    old = target.read_text().split("\n## ") if chosen else []
     parts = [header("Benchmarks", "benchmarks", SUMMARY), machine(torch.get_num_threads())]
     with torch.no_grad():
         for title, what, measure in SECTIONS:
+            if chosen and title.lower() not in chosen:
+                parts.append(f"## {next(part for part in old if part.startswith(title + chr(10)))}".rstrip("\n") + "\n")
+                continue
             rows = []
             for comparison in measure():
                 rows.append(comparison.row())
                 sys.stderr.write(f"{title}: {' | '.join(rows[-1])}\n")
             parts.append(f"## {title}\n\n{what[0].upper()}{what[1:]}.\n\n{table(COLUMNS, rows)}")
-        parts.append(memory())
+    parts.append(f"## {old[-1]}" if chosen else memory())
     target.write_text("\n".join(parts))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

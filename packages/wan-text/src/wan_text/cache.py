@@ -47,7 +47,7 @@ def encoder_facts(encoder: Any, name: str) -> dict[str, Any]:
         "embed_dim": encoder.spec.embed_dim,
         "max_tokens": encoder.spec.max_tokens,
         "cleaner": encoder.cleaner,
-        "dtype": str(encoder.encode([""])[0].dtype).removeprefix("torch."),
+        "dtype": str(getattr(encoder, "dtype", None) or encoder.encode([""])[0].dtype).removeprefix("torch."),
     }
 
 
@@ -128,8 +128,9 @@ def write_contexts(
     index = read_index(folder)
     wanted = {digest(prompt): prompt for prompt in prompts}
     new = [(name, prompt) for name, prompt in wanted.items() if not _present(folder, index.get(name))]
-    for start in range(0, len(new), _CHUNK):
-        chunk = new[start : start + _CHUNK]
+    at_once = getattr(encoder, "prompts_at_once", _CHUNK)
+    for start in range(0, len(new), at_once):
+        chunk = new[start : start + at_once]
         _append(folder, _encode_chunk(encoder, chunk, folder, _identity(facts)))
         progress(len(chunk))
     return Written(len(new), len(wanted) - len(new))
