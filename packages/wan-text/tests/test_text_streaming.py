@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from wan_text import TextEncoder, load_text_encoder
+from wan_text.cache import write_contexts
 from wan_text.config import XXL
 from wan_text.layouts import official_names
 from wan_text.streaming import StreamingTextEncoder
@@ -92,6 +93,18 @@ def test_a_pickle_and_the_built_in_encoder_stream_too(encoder: TextEncoder, tmp_
     tiny = load_text_encoder("tiny", stream=True)
     assert torch.equal(tiny.encode(["a red star"])[0], load_text_encoder("tiny").encode(["a red star"])[0])
     assert tiny.spec.name == "tiny"
+
+
+def test_the_file_is_read_once_for_all_prompts_of_a_context_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed, passes = load_text_encoder("tiny", stream=True), []
+    embedded = streamed._embedded
+    monkeypatch.setattr(streamed, "_embedded", lambda batches: passes.append(len(batches)) or embedded(batches))
+    prompts = [f"a {colour} {shape} {i}" for colour in ("red", "blue") for shape in ("circle", "square") for i in range(30)]
+    write_contexts(streamed, prompts, tmp_path / "streamed", name="tiny")
+    assert len(passes) == 1
+    write_contexts(load_text_encoder("tiny"), prompts, tmp_path / "loaded", name="tiny")
+    files = [sorted((path.name, path.read_bytes()) for path in (tmp_path / name).glob("*.*")) for name in ("streamed", "loaded")]
+    assert files[0] == files[1]
 
 
 def test_a_misshapen_tensor_is_named(encoder: TextEncoder, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class StreamingTextEncoder(PromptEncoder):
     state: tensors in own names, as `checkpoint.read_encoder` gives them
     Example: `StreamingTextEncoder.from_pretrained("models/umt5-xxl-enc-bf16.safetensors").encode(prompts)`
     """
+
+    prompts_at_once: ClassVar[int] = 1024  # of a file of prompts: the weights are read once for that many
 
     def __init__(self, config: UMT5Config, spiece: bytes, state: PackedState, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.state, self.dtype, self.device = config, state, dtype, device
