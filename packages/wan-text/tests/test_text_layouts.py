@@ -315,6 +315,31 @@ def test_a_broken_gguf_file_is_refused_wherever_it_is_cut(tmp_path: Path, encode
         read_gguf(tmp_path / "cut.gguf")
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cases", [40, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("container", ["comfy, fp8 scaled", "pickle", "gguf Q8_0"])
+def test_damaged_headers_are_one_kind_of_error(encoder: TextEncoder, tmp_path: Path, container: str, cases: int) -> None:
+    if container == "pickle":
+        torch.save(state_of(encoder, OFFICIAL), tmp_path / "umt5.pth")
+        (tmp_path / "spiece.model").write_bytes(encoder.tokenizer.model)
+        path = tmp_path / "umt5.pth"
+    else:
+        path = write(container, encoder, tmp_path)
+    whole, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    sizes = {"comfy, fp8 scaled": 8 + int.from_bytes(whole[:8], "little"), "pickle": 6000, "gguf Q8_0": len(whole) // 3}
+    for _ in range(cases):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, sizes[container], rng.integers(1, 30)):
+            damaged[at] = rng.integers(0, 256)
+        path.write_bytes(damaged[: rng.integers(1, len(damaged)) if rng.random() < 0.3 else None])
+        try:
+            StreamingTextEncoder.from_pretrained(path).encode(["a red circle"])
+        except ValueError as error:
+            assert str(error)
+            refused += 1
+    assert refused > cases / 4  # bytes of the tokenizer or of numbers in a header change no structure
+
+
 def test_quantised_gguf_takes_the_package_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: TextEncoder) -> None:
     write_gguf(tmp_path / "a.gguf", encoder, "F16")
     write_gguf(tmp_path / "b.gguf", encoder, "Q8_0")

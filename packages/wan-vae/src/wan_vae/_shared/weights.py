@@ -117,7 +117,7 @@ def read_state(path: Path) -> State:
             return dict(state)
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except OSError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:
         raise ValueError(f"'{path}' is not a readable checkpoint: {type(error).__name__}: {error}") from error
