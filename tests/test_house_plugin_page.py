@@ -19,7 +19,7 @@ from hatchling.builders.wheel import WheelBuilder
 from wan_dit import load_backbone
 from wan_dit.listing import KINDS, plugin_rows
 from wan_dit.plugins import find
-from wan_text import load_text_encoder
+from wan_text import load_image_encoder, load_prompt_rewriter, load_text_encoder
 from wan_train.plugins import plugin_manager
 from wan_vae import load_vae
 from wan_vae.video import read_frames, to_tensor
@@ -123,7 +123,7 @@ def test_listing_them_imports_no_torch(site: Path) -> None:
 
 def test_plugins_pass_their_conformance_kits(sources: Path, site: Path) -> None:
     kits = sorted(str(path) for path in sources.glob("*/tests/test_*.py"))
-    assert len(kits) == 4
+    assert len(kits) == 5
     command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {**os.environ, "PYTHONPATH": str(site), "PYTEST_ADDOPTS": ""}
     done = subprocess.run([*command, "--rootdir", str(sources), *kits], cwd=sources, env=environment, capture_output=True, text=True)
@@ -152,6 +152,20 @@ def test_text_encoder_says_the_same_in_german(here: Path) -> None:
     for said, meant in (("Ein roter Kreis bewegt sich nach links", "a red circle moves left"), ("blauer stern", "blue star")):
         assert torch.equal(german.encode([said])[0], english.encode([meant])[0])
     assert german.cleaner != english.cleaner
+
+
+def test_image_encoder_sees_colours(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    follow("wan_image_encoders")
+    assert "colours-4" in capsys.readouterr().out
+    red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 20, 30)
+    assert torch.equal(load_image_encoder("colours").encode(red), torch.tensor([1.0, -1.0, -1.0]).expand(1, 16, 3))
+
+
+def test_rewriter_moves_the_camera_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    follow("wan_prompt_rewriters")
+    assert capsys.readouterr().out == "a cat walks, the camera pans slowly\n"
+    (kept,) = load_prompt_rewriter("camera", move="it zooms in").rewrite(["a camera"])
+    assert kept.text == "a camera"
 
 
 def test_backbone_differs_from_the_built_in_one_at_another_size_only(here: Path) -> None:

@@ -13,6 +13,8 @@ from .plugins import PART_KINDS, Offer, PluginManager, discover, find
 KINDS = {
     "wan_vaes": "wan-vae",
     "wan_text_encoders": "wan-text",
+    "wan_image_encoders": "wan-text",
+    "wan_prompt_rewriters": "wan-text",
     "wan_backbones": "wan-dit",
     "wan_schedulers": "wan-dit",
     "wan_models": "wan-dit",
