@@ -24,6 +24,7 @@ VERSIONS = (2, 3)
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct's codes
 TEXT, ARRAY = 8, 9
 MOST_AXES = 8
+PIECE = 1 << 22  # bytes that are dequantised at a time
 FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 
 
@@ -120,10 +121,15 @@ def _block(kind: int) -> tuple[int, int]:
     return GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
 
 
-def _dequantised(data: Any, kind: int, shape: tuple[int, ...], rows: Rows | None) -> Tensor:
+def _dequantised(data: npt.NDArray[np.uint8], kind: int, shape: tuple[int, ...], rows: Rows | None) -> Tensor:
+    """Numbers of these rows, in pieces: the package takes several times their memory."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
     index = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
-    values = dequantize(data if index is None else data[index], GGMLQuantizationType(kind))
-    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(-1, *shape[1:])
+    picked = data if index is None else data[index]
+    numbers = np.empty((len(picked), math.prod(shape) // len(data)), np.float32)
+    step = max(1, PIECE // data.shape[1])
+    for at in range(0, len(picked), step):
+        numbers[at : at + step] = dequantize(picked[at : at + step], GGMLQuantizationType(kind))
+    return torch.from_numpy(numbers).reshape(-1, *shape[1:])
