@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from package_tests import PACKAGES, load
@@ -23,7 +23,8 @@ from wan_dit.model import WanDiT
 from wan_dit.schedulers import UniPC
 from wan_text._shared.weights import build
 from wan_text.checkpoint import read_encoder
-from wan_text.config import XXL
+from wan_text.clip_vision import CLIPVision
+from wan_text.config import VIT_H_14, XXL
 from wan_text.tokenizer import clean
 from wan_text.umt5 import UMT5Encoder, relative_buckets
 from wan_vae.config import WAN21, WAN22
@@ -43,6 +44,7 @@ LIBRARIES = """The same random weights in both, over several small configuration
 SIZES = """Built on the meta device from the preset; every tensor has its place in the published checkpoint.
 """
 Row = list[str]
+T = TypeVar("T")
 Pairs = list[tuple[Tensor, Tensor]]
 
 
@@ -54,6 +56,7 @@ def golden() -> Iterator[Row]:
             measured = in_folder(lambda folder, name=name, backend=backend: vae_pairs(vae.computed_by(vae.Case(name, folder), backend)))
             yield official_row(name, f"moments, latents, video; {backend}", *measured)
     yield official_row("text_umt5", "hidden states of prompts of several lengths", *in_folder(text_pairs))
+    yield official_row("clip_vision", "image tokens, preprocessing", *in_folder(clip_pairs))
     for name in (*dit.CASES, "dit_ti2v_22"):
         yield official_row(name, "velocity", *in_folder(lambda folder, name=name: dit_pairs(dit, name, folder)))
     pairs, *allowed = scheduler_pairs()
@@ -68,7 +71,7 @@ def official_row(name: str, what: str, pairs: Pairs, atol: float, rtol: float) -
     return [name, what, f"{worst:.1e}", f"atol {atol:.0e}, rtol {rtol:.0e}", f"{used:.0%}"]
 
 
-def in_folder(measure: Callable[[Path], tuple[Pairs, float, float]]) -> tuple[Pairs, float, float]:
+def in_folder(measure: Callable[[Path], T]) -> T:
     with tempfile.TemporaryDirectory() as folder:
         return measure(Path(folder))
 
@@ -118,6 +121,11 @@ def text_pairs(folder: Path) -> tuple[Pairs, float, float]:
     return pairs, about["tolerance"]["atol"], about["tolerance"]["rtol"]
 
 
+def clip_pairs(folder: Path) -> tuple[Pairs, float, float]:
+    pairs, near = load("wan-text", "test_text_clip").official_case(PACKAGES / "wan-text" / "tests" / "golden", folder)
+    return pairs, near["atol"], near["rtol"]
+
+
 def scheduler_pairs() -> tuple[Pairs, float, float]:
     module, unipc, pairs = load("wan-dit", "test_dit_scheduler_golden"), UniPC(), []
     for run in module.CASE["runs"]:
@@ -157,6 +165,9 @@ def libraries() -> Iterator[Row]:
     for attention, limit in (("sdpa", "3e-06"), ("eager", "0, with `exact=True`")):
         worst = max(text_difference(text, sizes, attention) for sizes in text.SIZES)
         yield ["umT5", f"transformers UMT5EncoderModel ({attention}), {len(text.SIZES)} configurations", f"{worst:.1e}", limit]
+    clip = load("wan-text", "test_text_clip")
+    worst = max(in_folder(lambda folder, config=config: clip.off_transformers(folder, config, "gelu")) for config in clip.CONFIGS)
+    yield ["CLIP vision tower", f"transformers CLIPVisionModel, {len(clip.CONFIGS)} configurations", f"{worst:.1e}", "1e-05"]
     worst = max(dit_difference(dit, seed) for seed in range(len(dit.CONFIGS)))
     yield ["backbone", f"diffusers WanTransformer3DModel, {len(dit.CONFIGS)} configurations", f"{worst:.1e} (relative L2)", "1e-05"]
     yield ["UniPC", "diffusers UniPCMultistepScheduler on the official grid, 36 grids", f"{unipc_difference():.1e}", "0"]
@@ -210,6 +221,7 @@ def sizes() -> Iterator[Row]:
         ("Wan2.1 VAE", lambda: WanVAE(WAN21)),
         ("Wan2.2 VAE", lambda: WanVAE(WAN22)),
         ("umT5-XXL encoder", lambda: UMT5Encoder(XXL)),
+        ("CLIP ViT-H/14, the part of its vision tower that is used", lambda: CLIPVision(VIT_H_14)),
         ("Wan2.1 T2V 1.3B", lambda: WanDiT(T2V_1_3B)),
         ("Wan2.1 T2V 14B", lambda: WanDiT(T2V_14B)),
     )
