@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import wan_vae.memory
 import wan_vae.plan
 from torch import Tensor
 from wan_vae import load_vae
@@ -20,6 +22,7 @@ from wan_vae.cli import main
 from wan_vae.commands.planning import add_tiling, amount, tiled
 from wan_vae.config import PRESETS
 from wan_vae.footprint import footprint
+from wan_vae.memory import free_memory
 from wan_vae.plan import Setting, make_plan, setting_of
 from wan_vae.testing import difference
 from wan_vae.tiling import TiledVAE
@@ -43,6 +46,27 @@ else:
     for _ in vae.decode_stream(torch.randn(1, 16, 1, height // 8, width // 8) for _ in range(4)):
         pass
 print(resident("VmHWM") - before)  # ru_maxrss would count what the parent held
+"""
+
+
+TILES = """
+import sys, torch
+from wan_vae import codec
+from wan_vae.config import WAN21
+from wan_vae.model import WanVAE
+from wan_vae.tiling import TiledVAE
+
+def resident(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+
+before = resident("VmRSS")
+vae = WanVAE(WAN21.model_copy(update={"base_dim": 32, "decoder_base_dim": 32, "num_res_blocks": 1})).eval()
+vae.backend = "direct"
+height, width = map(int, sys.argv[1:])
+tiled = vae if width == 1536 else TiledVAE(vae, (height, width))
+for _ in tiled.decode_stream(torch.randn(1, 16, 1, 8, 192) for _ in range(3)):
+    pass
+print(resident("VmHWM") - before)
 """
 
 
@@ -75,9 +99,30 @@ def test_the_parts_of_a_prediction() -> None:
     assert state.history == sum(value.nbytes for value in session.state.history.values())
 
 
+@pytest.mark.slow
+def test_what_tiles_take_is_predicted_and_less_than_the_whole_picture() -> None:
+    """A Wan2.1 of a third of the width, on a wide strip: decoded whole, and in exact tiles whose histories wait on disk."""
+    config = PRESETS["wan2.1"].model_copy(update={"base_dim": 32, "decoder_base_dim": 32, "num_res_blocks": 1})
+    setting = Setting(config, "decoder", (64, 1536), backend="direct", memory=GB)
+    whole = make_plan(setting, "whole")
+    plans = (
+        replace(whole, memory=whole.parts.predicted()),
+        make_plan(replace(setting, memory=whole.memory // 2)),
+    )  # noise never stands still
+    assert [plan.mode for plan in plans] == ["whole", "exact"]
+    peaks = []
+    for plan in plans:
+        command = [sys.executable, "-c", TILES, *map(str, plan.tile)]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) * 1024)
+        assert 0.75 < plan.memory / peaks[-1] < 1.35, (plan, peaks)
+    assert peaks[1] < 0.7 * peaks[0], peaks
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.bfloat16), ("cpu", torch.float32)])
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
-def test_less_memory_means_smaller_tiles_and_more_work(half: str) -> None:
-    setting = Setting(PRESETS["wan2.1"], half, (480, 832), backend="direct", device=torch.device("cuda"), dtype=torch.bfloat16, memory=1)  # type: ignore[arg-type]
+def test_less_memory_means_smaller_tiles_and_more_work(half: str, device: str, dtype: torch.dtype) -> None:
+    setting = Setting(PRESETS["wan2.1"], half, (480, 832), backend="direct", device=torch.device(device), dtype=dtype, memory=1)  # type: ignore[arg-type]
     most = make_plan(setting, "whole").memory
     budgets = [most, most * 7 // 10, most * 7 // 20, most // 100]
     plans = [make_plan(replace(setting, memory=memory)) for memory in budgets]
@@ -103,6 +148,18 @@ def test_small_tiles_where_auto_finds_too_little_memory(monkeypatch: pytest.Monk
     model = tiled(vae, parser.parse_args(["--tile-mode", "blend"]), (256, 384), "encoder")
     assert model.vae.mode == "blend"
     assert "approximate" in capsys.readouterr().err
+
+
+def test_what_idle_files_hold_of_a_control_group_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(wan_vae.memory, "CGROUP", tmp_path)
+    everywhere = free_memory()
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 100\ninactive_file 700\nactive_file 100\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_memory() == 800
+    (tmp_path / "memory.stat").unlink()
+    assert free_memory() == 100
+    (tmp_path / "memory.max").write_text("max")
+    assert free_memory() == pytest.approx(everywhere, rel=0.5)
 
 
 def test_a_picture_takes_less_than_a_film() -> None:

@@ -197,6 +197,9 @@ def test_frames_and_tensors() -> None:
     assert video.shape == (1, 3, 1, 16, 16)
     assert (float(video.min()), float(video.max())) == (-1.0, 1.0)
     assert np.array_equal(to_frames(video), levels)
+    fine = np.arange(2**16, dtype=np.uint16).reshape(1, 256, 256, 1).repeat(3, axis=3)
+    assert to_frames(to_tensor(fine), 16).dtype == np.uint16
+    assert np.array_equal(to_frames(to_tensor(fine), 16), fine)
     assert np.array_equal(to_frames(torch.full((1, 3, 1, 2, 2), 7.0)), np.full((1, 2, 2, 3), 255))
     with pytest.raises(ValueError, match="expected one video"):
         to_frames(torch.zeros(2, 3, 1, 8, 8))

@@ -1,9 +1,10 @@
 """How much memory a chunk takes, found without computing it: the model runs on torch's meta device and its tensors are counted.
 
-What an allocator wastes is measured: on Linux, in fp32, nine peaks of tiny (240x416 encoded, 480x832 decoded), of Wan2.1 and
-Wan2.2 at a third and a fifth of their width (192x320) and of Wan2.1 (96x160), direct and by Winograd, are 1.33 to 1.55 times
-what is counted beside the weights, and once 1.87 times; with WASTE and LIBRARIES the prediction is -21 % to +8 % off, and
--8 % to +10 % for seven runs at 192x448, whole, in exact and in blended tiles. Not measured on GPUs.
+An allocator takes more than it is asked for. glibc maps every block beyond 32 MB by itself and gives it back whole, so what lies
+idle between smaller ones is a share of what is alive only up to an amount (GAPS), which Winograd's many bands raise. Measured on
+Linux in fp32, one thread, Wan2.1 at a third of its width, 256x448 and 384x640, encoded and decoded, whole, in exact and in blended
+tiles: by the direct backend the predictions are 0 to +24 % off, by Winograd's -12 % to +12 %; +1 % at full width (240x416).
+Not measured on GPUs.
 
 Shapes: B batch, C channels, T frames, H height, W width.
 """
@@ -30,7 +31,8 @@ from .tiles import Half
 from .transformed_filters import BUDGET, PRODUCTS
 from .winograd import BAND, DOUBLED, PLAIN, TILE, Winograd
 
-WASTE = {"cpu": 1.45, "cuda": 1.25}  # what the allocator takes for what is asked of it, weights apart
+WASTE = {"cpu": 0.45, "parked": 0.8, "cuda": 0.25}  # what lies idle in the allocator, as a share of what is alive, weights apart
+GAPS = {"direct": 250_000_000, "winograd": 400_000_000}  # and the most bytes of it on a CPU
 LIBRARIES = 20_000_000  # bytes of code and buffers that kernels bring along
 HELD = 6  # transformed bands of the input that are alive at once, and half as many of the output
 
@@ -134,10 +136,13 @@ class Footprint:
         """All but `still`."""
         return self.weights + self.filters + self.history + self.work
 
-    def predicted(self, cpu: bool = True, still: bool = False) -> int:
-        """The peak above what Python and torch take, with the allocator's waste."""
+    def predicted(self, cpu: bool = True, still: bool = False, parked: bool = False) -> int:
+        """The peak above what Python and torch take, with the allocator's waste; `parked`: histories come and go, tile after tile."""
         dynamic = self.peak - self.weights + still * self.still
-        return round(self.weights + WASTE["cpu" if cpu else "cuda"] * dynamic + LIBRARIES)
+        idle = WASTE["cuda" if not cpu else "parked" if parked else "cpu"] * dynamic
+        if cpu:
+            idle = min(idle, GAPS["winograd" if self.filters else "direct"])
+        return round(self.weights + dynamic + idle + LIBRARIES)
 
 
 @lru_cache(maxsize=8)

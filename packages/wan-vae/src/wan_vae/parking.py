@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IN_MEMORY = 64_000_000  # bytes of all tiles together that are not worth a file
+IN_MEMORY = 64_000_000  # bytes of all tiles together up to which no file is made: less than what torch itself takes
 ON_DISK = Path("/var/tmp")  # where it exists: /tmp is often kept in memory
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in the file, and how its numbers are ordered there."""
+    """Where a tensor lies in the file, in bytes, and how its numbers are ordered there."""
 
     offset: int
+    size: int
     shape: tuple[int, ...]
     dtype: torch.dtype
     channels_last: bool
@@ -61,8 +62,8 @@ class Parking:
         channels_last = spread.is_contiguous() and not value.is_contiguous()
         data = (spread if channels_last else value.contiguous()).view(-1).view(torch.uint8).numpy().data
         old = self._places.get((tile, slot))
-        offset = self._end if old is None else old.offset
-        self._places[tile, slot] = Place(offset, tuple(value.shape), value.dtype, channels_last)
+        offset = self._end if old is None or old.size != len(data) else old.offset
+        self._places[tile, slot] = Place(offset, len(data), tuple(value.shape), value.dtype, channels_last)
         self._end = max(self._end, offset + len(data))
         folder = _folder()
         try:

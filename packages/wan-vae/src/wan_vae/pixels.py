@@ -56,11 +56,17 @@ def to_tensor(frames: Iterable[Frame]) -> Tensor:
 
 def to_frames(video: Tensor, depth: Depth = 8) -> Frame:
     """A video `[1, 3, T, H, W]` in [-1, 1] to frames `[T, H, W, 3]`, rounded to the nearest level: uint8, or uint16 for depth 16."""
-    import torch
-
     if video.ndim != 5 or video.shape[:2] != (1, 3):
         raise ValueError(f"expected one video [1, 3, T, H, W], got {list(video.shape)}")
+    levels: Any = _levels(video, depth).cpu().numpy()
+    return levels.view(np.uint8 if depth == 8 else np.uint16)  # type: ignore[no-any-return]
+
+
+def _levels(video: Tensor, depth: Depth) -> Tensor:
+    """The frames as uint8, or as int16 with the bits of uint16, which not every device has; where the video is."""
+    import torch
+
     top = 2**depth - 1
-    pixels = video[0].float().add(1.0).mul_(top / 2).round_().clamp_(0, top).permute(1, 2, 3, 0).contiguous().cpu()
-    frames: Frame = pixels.to(torch.uint8).numpy() if depth == 8 else pixels.numpy().astype(np.uint16)
-    return frames
+    levels = video[0].float().add(1.0).mul_(top / 2).round_().clamp_(0, top)
+    levels = levels.to(torch.uint8) if depth == 8 else levels.to(torch.int32).to(torch.int16)
+    return levels.permute(1, 2, 3, 0).contiguous()

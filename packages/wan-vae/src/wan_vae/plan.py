@@ -226,7 +226,7 @@ def _plan(
     overlap: int = 0,
 ) -> Plan:
     _, height, width = setting.config.stride
-    memory = parts.predicted(setting.costs["cpu"], still and setting.frames != 1)
+    memory = parts.predicted(setting.costs["cpu"], still and setting.frames != 1, parked=mode == "exact")
     assert setting.memory is not None
     pixels = tile[0] * height, tile[1] * width
     return Plan(setting.half, mode, pixels, overlap * height, tiles, overhead, memory, setting.memory, parts)
