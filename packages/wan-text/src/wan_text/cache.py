@@ -90,7 +90,7 @@ def _row(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise TypeError(f"it holds a {type(row).__name__}, expected a JSON object")
     check_seal(row, "it")
-    for name, kind in {"sha256": str, "key": str, "tokens": int, "truncated": bool}.items():
+    for name, kind in {"check": str, "sha256": str, "key": str, "tokens": int, "truncated": bool}.items():
         if not isinstance(row[name], kind):
             raise TypeError(f"{name} is {row[name]!r}")
     return row
