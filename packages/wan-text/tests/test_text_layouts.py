@@ -17,11 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wan_text import TextEncoder, UMT5Config, load_text_encoder
 from wan_text._shared.gguf_file import read_gguf
-from wan_text.gguf_tokenizer import sentencepiece_model
 from wan_text.layouts import COMFY, GGUF, HUGGING_FACE, OFFICIAL, OWN, table
 from wan_text.quantised import packed_state, quantise_rows
 from wan_text.streaming import StreamingTextEncoder
-from wan_text.tokenizer import Tokenizer
 
 State = dict[str, Tensor]
 FP8 = torch.float8_e4m3fn
@@ -280,27 +278,12 @@ def test_int8_by_rows(encoder: TextEncoder, tmp_path: Path) -> None:
     assert relative([c.float() for c in half.encode(PROMPTS)], exact) < 0.05
 
 
-def test_rows_that_are_zero_stay_zero() -> None:
-    weight, scale = quantise_rows(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
-    assert weight.tolist() == [[0, 0], [64, -127]]
-    assert torch.equal(weight[0] * scale[0], torch.zeros(2))
-
-
 def test_one_tensor_in_two_files_of_a_folder_is_refused(encoder: TextEncoder, tmp_path: Path) -> None:
     file = write("official", encoder, tmp_path)
     save_file(scaled(state_of(encoder, OFFICIAL), "scale_weight"), tmp_path / "umt5_fp8.safetensors")
     with pytest.raises(ValueError, match=r"tensor 'blocks.0.attn.k.weight' is in several files: give the one to read"):
         TextEncoder.from_pretrained(tmp_path)
     TextEncoder.from_pretrained(file)
-
-
-def test_options_that_contradict_each_other(encoder: TextEncoder, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="leave out quantise"):
-        load_text_encoder("tiny", stream=True, quantise="int8")
-    with pytest.raises(ValueError, match="unknown quantisation 'int4', expected int8"):
-        load_text_encoder("tiny", quantise="int4")
-    with pytest.raises(ValueError, match="no umT5 encoder"):
-        load_text_encoder("collections:OrderedDict", stream=True)
 
 
 def test_a_broken_gguf_file_is_refused_wherever_it_is_cut(tmp_path: Path, encoder: TextEncoder) -> None:
@@ -334,8 +317,7 @@ def test_damaged_headers_are_one_kind_of_error(encoder: TextEncoder, tmp_path: P
         path.write_bytes(damaged[: rng.integers(1, len(damaged)) if rng.random() < 0.3 else None])
         try:
             StreamingTextEncoder.from_pretrained(path).encode(["a red circle"])
-        except ValueError as error:
-            assert str(error)
+        except ValueError:
             refused += 1
     assert refused > cases / 4  # bytes of the tokenizer or of numbers in a header change no structure
 
@@ -347,56 +329,3 @@ def test_quantised_gguf_takes_the_package_gguf(tmp_path: Path, monkeypatch: pyte
     TextEncoder.from_pretrained(tmp_path / "a.gguf")
     with pytest.raises(ValueError, match="pip install gguf"):
         TextEncoder.from_pretrained(tmp_path / "b.gguf")
-
-
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
-def test_blocks_that_nothing_here_can_write_are_read_as_the_package_reads_them(tmp_path: Path, kind: str) -> None:
-    quantised = gguf.GGMLQuantizationType[kind]
-    block, size = gguf.GGML_QUANT_SIZES[quantised]
-    data = np.random.default_rng(0).integers(0, 60, (6, 512 // block * size), np.uint8)  # small bytes: no scale is infinite or NaN
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "t5encoder")
-    writer.add_tensor("x", data, raw_dtype=quantised)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    (tensor,) = gguf.GGUFReader(tmp_path / "a.gguf").tensors
-    expected = torch.from_numpy(gguf.quants.dequantize(tensor.data, quantised))
-    read = read_gguf(tmp_path / "a.gguf").tensors["x"]
-    assert (read.shape, expected.shape) == ((6, 512), (6, 512))
-    assert torch.equal(read.to("cpu", torch.float32), expected)
-    assert torch.equal(read[torch.tensor([5, 0, 5])], expected[[5, 0, 5]])
-    assert torch.equal(read[1:3], expected[1:3])
-
-
-def test_a_gguf_tokenizer_reads_markers_as_text_and_may_lie_beside(tmp_path: Path, encoder: TextEncoder) -> None:
-    metadata = {
-        "tokenizer.ggml.model": "t5",
-        "tokenizer.ggml.tokens": ["<pad>", "</s>", "<s>", "<unk>", "\u2581", "<", "e", "<extra_id_0>", "[PAD1]"],
-        "tokenizer.ggml.scores": [0.0, 0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, -4.0],
-        "tokenizer.ggml.token_type": np.array([3, 3, 3, 2, 1, 1, 1, 4, 5]),
-    }
-    tokenizer = Tokenizer(sentencepiece_model(metadata))
-    assert 7 not in tokenizer.tokenize(["<extra_id_0>"])[0].ids
-    assert tokenizer.vocab_size == 9
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "t5encoder")
-    for key, value in state_of(encoder, GGUF).items():
-        writer.add_tensor(key, value.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(FileNotFoundError, match="no tokenizer for"):
-        TextEncoder.from_pretrained(tmp_path / "a.gguf")
-    (tmp_path / "spiece.model").write_bytes(encoder.tokenizer.model)
-    assert torch.equal(TextEncoder.from_pretrained(tmp_path / "a.gguf").encode(["red"])[0], encoder.encode(["red"])[0])
-
-
-def test_float16_survives_large_activations(encoder: TextEncoder) -> None:
-    half = TextEncoder(encoder.config, encoder.tokenizer.model).eval()
-    half.load_state_dict({key: value * (30 if "ffn.down" in key or "attn.o" in key else 1) for key, value in encoder.state_dict().items()})
-    with torch.no_grad():
-        half.umt5.token_embedding.weight *= 1000
-    contexts = half.half().encode(PROMPTS)
-    assert all(bool(context.isfinite().all()) for context in contexts)
-    assert np.isfinite(float(contexts[0].abs().max()))
