@@ -207,7 +207,7 @@ def test_every_layout_is_the_same_encoder(encoder: TextEncoder, tmp_path: Path, 
 
 
 def test_a_plain_cast_is_warned_of(encoder: TextEncoder, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"holds 21 tensors in fp8 without scales, a plain cast: about 8 % off"):
+    with pytest.warns(UserWarning, match=r"holds 21 tensors in fp8 without scales, a plain cast: several per cent off"):
         TextEncoder.from_pretrained(write("fp8 cast", encoder, tmp_path))
 
 

@@ -208,6 +208,8 @@ def test_the_command(server: Server, tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "t.txt").write_text("photo of {prompt}\n")
     assert main(["rewrite", "a cat", str(tmp_path / "p.txt"), "--template", str(tmp_path / "t.txt")]) == 0
     assert capsys.readouterr().out == "photo of a cat\nphoto of a dog\nphoto of a fox\n"
+    assert main(["rewrite", "a cat", "--template", "{prompt}, oil", "-o", str(tmp_path / "out.txt")]) == 0
+    assert (capsys.readouterr().out, (tmp_path / "out.txt").read_text()) == ("", "a cat, oil\n")
     server.answers = [says("two\nlines"), says("I cannot do that")]
     asked = ["--rewriter", "openai", "--base-url", server.url, "--model", "m"]
     assert main(["rewrite", "a cat", "a dog", *asked, "--json"]) == 0

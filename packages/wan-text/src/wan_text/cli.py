@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prompts(encode)
     encode.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder; prompts that are in it already are skipped")
     encode.add_argument("--dtype", choices=DTYPES, help="type to compute and store (default: fp32; on a GPU the checkpoint's own)")
-    encode.add_argument("--quantise", choices=("int8",), help="keep weights in 8 bits: a quarter of fp32, about 2 %% off")
+    encode.add_argument("--quantise", choices=("int8",), help="keep weights in 8 bits: a quarter of fp32, 2 to 3 %% off")
     encode.add_argument("--stream", action="store_true", help="leave the weights in their file: umT5-XXL in under 1 GB of memory")
     encode.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
 

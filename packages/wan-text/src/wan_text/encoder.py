@@ -111,7 +111,7 @@ class TextEncoder(PromptEncoder, Pretrained):
         """Load a folder, a file or a Hub id in any layout.
 
         dtype None is fp32 on a CPU and the checkpoint's own on a GPU (bf16 where that is fp32); device None is the CPU.
-        quantise: "int8" keeps the products' weights as int8 with a scale a row, a quarter of fp32 and about 2 % off; what was
+        quantise: "int8" keeps the products' weights as int8 with a scale a row, a quarter of fp32 and 2 to 3 % off; what was
         saved so stays so. Weights in fp8 and GGUF are computed with in `dtype`.
         """
         path = locate(source, cls.hub_files)

@@ -88,7 +88,7 @@ def join_scales(state: Mapping[str, Tensor], source: object) -> PackedState:
         )
     if bare:
         warnings.warn(
-            f"'{source}' holds {len(bare)} tensors in fp8 without scales, a plain cast: about 8 % off; scaled fp8 is 6 % off, int8 2 %",
+            f"'{source}' holds {len(bare)} tensors in fp8 without scales, a plain cast: several per cent off; int8 is nearer",
             stacklevel=2,
         )
     return joined | {key: _cast(key, tensors[key], source) for key in bare}
