@@ -139,7 +139,7 @@ def test_a_saved_folder_has_official_names_and_our_config(tmp_path: Path) -> Non
     made.save_pretrained(tmp_path / "saved")
     assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(names(SMALL, "official").values())
     written = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert written.pop("format") == "wan-dit/1"
+    assert (written.pop("format"), list(written.pop("sha256"))) == ("wan-dit/1", ["model.safetensors"])
     assert DiTConfig.model_validate(written) == SMALL
 
 
