@@ -7,12 +7,14 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from shuffle_vae import ShuffleVAE
 from wan_vae import VideoCodec
+from wan_vae._shared.cli import Parser, run
 
 Film = Callable[..., Path]
 THIRD_PARTY = Path(__file__).parent / "third_party"
@@ -63,6 +65,29 @@ def test_a_command_that_is_ended_leaves_nothing_and_keeps_what_was_there(
     assert process.returncode == ENDS[end]
     assert {file: file.read_bytes() for file in final.parent.iterdir()} == kept
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_signals_that_others_take_stay_theirs_and_the_rest_is_as_before() -> None:
+    theirs = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    seen = []
+    try:
+        run(lambda args: seen.extend(map(signal.getsignal, (signal.SIGHUP, signal.SIGTERM))), Parser(), [])
+        after = signal.getsignal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, theirs)
+        signal.signal(signal.SIGTERM, before)
+    assert seen[0] is signal.SIG_IGN
+    assert seen[1] is not signal.SIG_DFL
+    assert after is signal.SIG_DFL
+
+
+def test_a_command_runs_in_a_thread_too() -> None:
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(run(lambda args: 0, Parser(), [])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
 
 
 @pytest.mark.parametrize(

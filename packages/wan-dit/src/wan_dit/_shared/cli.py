@@ -34,7 +34,7 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
     args = parser.parse_args(argv)
     try:
         with _unwinding(), warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
+            warnings.showwarning = _told_once(parser.prog)
             return main(args) or 0
     except KeyboardInterrupt:
         return 130
@@ -54,6 +54,18 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
             log.write(traceback.format_exc())
         print(f"{parser.prog}: unexpected {type(error).__name__}: {error} (traceback in {log.name})", file=sys.stderr)
         return 1
+
+
+def _told_once(prog: str) -> Callable[..., None]:
+    """What shows a warning as one line, and only once where several steps give the same one."""
+    told: set[str] = set()
+
+    def tell(message: Warning | str, *_: object, **__: object) -> None:
+        if str(message) not in told:
+            told.add(str(message))
+            print(f"{prog}: warning: {message}", file=sys.stderr)
+
+    return tell
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def resolve(kind: str, ref: str, pm: pluggy.PluginManager, *, typed: bool = True
     broken = {**getattr(pm, "broken", {}), **{offer.dist: offer.error for offer in offers if offer.error}}
     if (owner := _normalise(ref.partition(":")[0])) in broken:
         raise LookupError(_failure(owner, broken[owner])) from broken[owner]
-    if typed and Path(ref).exists():
+    if typed and ref and Path(ref).exists():
         return _at(kind, ref, Path(ref), found)
     if typed and re.fullmatch(r"(hub:)?[\w.-]+/[\w.-]+(@[\w.-]+)?(/[\w./-]+)?", ref) and ref[0] != ".":
         from .weights import locate
