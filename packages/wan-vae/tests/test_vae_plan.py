@@ -181,7 +181,14 @@ def test_the_command_prints_both_halves(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [(["--size", "48"], "480x832"), (["--size", "48x48", "--memory", "much"], "8GB"), (["--size", "48x48", "--codec", "nope"], "nope")],
+    [
+        (["--size", "48"], "480x832"),
+        (["--size", "99999x8"], "at most 32768 pixels"),
+        (["--size", "48x48", "--memory", "much"], "8GB"),
+        (["--size", "48x48", "--memory", "8GB", "--device", "abacus"], "there is no device 'abacus'"),
+        (["--size", "48x48", "--chunk", "100000"], "from 1 to 9999"),
+        (["--size", "48x48", "--codec", "nope"], "nope"),
+    ],
 )
 def test_what_cannot_be_planned_is_one_line(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:

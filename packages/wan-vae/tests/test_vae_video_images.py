@@ -185,6 +185,15 @@ def _stopped(opened: ImageWriter) -> None:
         raise RuntimeError("stop")
 
 
+def test_a_folder_that_exists_is_all_that_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()  # as one that is mounted there, into which nothing can be renamed from outside
+    for path in ("disk", "disk/%d.png"):
+        with ImageWriter(tmp_path / path, size=(24, 16)) as writer:
+            writer.write(picture(0))
+            assert list(tmp_path.iterdir()) == [tmp_path / "disk"]
+    assert sorted(file.name for file in (tmp_path / "disk").iterdir()) == ["00001.png", "1.png"]
+
+
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     for path in (tmp_path / "out", tmp_path / "one.png"):
         with pytest.raises(RuntimeError, match="stop"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections.abc import Sequence
 
 from . import __version__
@@ -14,7 +16,10 @@ COMMANDS = (coding, converting, evaluating, listing, planning)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (0, 2 for bad input, 1 for anything unexpected, 130 on Ctrl-C)."""
-    return run(lambda args: args.command(args), _parser(), argv)
+    parser, words = _parser(), sys.argv[1:] if argv is None else argv
+    if empty := [word for word in words if re.fullmatch("(--[a-z-]+=)?", word)]:  # an unset variable of a script; as a path it is "."
+        parser.error(f"the argument '{empty[0]}' is empty, expected a value")
+    return run(lambda args: args.command(args), parser, words)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ._shared.spec import UNKNOWN
 from .latents import LatentFile, LatentInfo, Padding, write_latents
-from .video import Crop, PathLike, Reader, TimedFrame, open_writer, to_frames, to_tensor
+from .video import Crop, PathLike, Reader, open_writer, to_frames, to_tensor
 
+T = TypeVar("T")
 Progress = Callable[[int, int | None], None]
 SLACK = 1e-3  # beyond [-1, 1] that rounding may leave
 
@@ -103,7 +104,7 @@ class VideoCodec:
         """The frames of a film as the VAE takes them, padded; `times` collects when each is shown."""
         time, _, _ = stride = self.spec.stride
         sides = Padding.of(1, reader.info.height, reader.info.width, stride)
-        for group in _groups(reader, time * chunk):
+        for group in groups(reader, time * chunk):
             tail = Padding(-(len(times) + len(group) - 1) % time, sides.right, sides.bottom)
             yield _pad(self._place(to_tensor(frame.pixels for frame in group)), tail)
             times.extend(frame.pts for frame in group)
@@ -234,7 +235,7 @@ def _pad(video: Tensor, padding: Padding) -> Tensor:
     return F.pad(video, (0, padding.right, 0, padding.bottom, 0, padding.frames), mode="replicate")
 
 
-def _groups(frames: Iterable[TimedFrame], size: int) -> Iterator[list[TimedFrame]]:
+def groups(frames: Iterable[T], size: int) -> Iterator[list[T]]:
     """One frame, then `size` at a time; the last group may be shorter."""
     frames = iter(frames)
     group = list(islice(frames, 1))

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .artefacts import ArtefactMeter
-from .codec import VideoCodec
+from .codec import VideoCodec, groups
 from .latents import Padding
 from .metrics import QualityMeter
 from .peak_memory import PeakMemory
@@ -195,15 +194,6 @@ class _Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-def groups(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
-    """One frame, then `size` at a time; the last group may be shorter."""
-    frames = iter(frames)
-    group = list(islice(frames, 1))
-    while group:
-        yield group
-        group = list(islice(frames, size))
 
 
 def fit(frame: Frame, size: tuple[int, int] | None, max_size: int | None) -> Frame:

@@ -126,8 +126,10 @@ class ImageWriter:
         self._take((frames or 1) - 1)
 
     def __enter__(self) -> Self:
-        self.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        self._scratch = self.folder.absolute().with_name(f".{self.folder.absolute().name}.{secrets.token_hex(4)}")
+        folder = self.folder.absolute()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = folder if folder.is_dir() else folder.parent  # inside one that exists: it may be a disk of its own
+        self._scratch = beside / f".{folder.name}.{secrets.token_hex(4)}"
         try:
             self._scratch.mkdir()
         except OSError as error:

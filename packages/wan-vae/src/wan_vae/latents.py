@@ -136,6 +136,8 @@ def _header(metadata: Mapping[str, str], shapes: Shapes) -> bytes:
 
 def is_latent_file(path: PathLike) -> bool:
     """Whether `path` is a safetensors file that says it is a latent file, of any version."""
+    if not Path(path).is_file():
+        return False
     try:
         with safe_open(path, "pt") as file:
             return str((file.metadata() or {}).get("format", "")).startswith(FORMAT.partition("/")[0])
@@ -160,10 +162,13 @@ class LatentFile:
 
     @classmethod
     def open(cls, path: PathLike) -> Self:
-        """Read and check the header. Raises FileNotFoundError, and ValueError where it is no valid latent file."""
+        """Read and check the header. Raises OSError where there is no file to read, and ValueError where it is no valid latent file."""
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"no latent file at '{path}'")
+        if not path.is_file():
+            raise ValueError(f"'{path}' is not a latent file: it is a {'folder' if path.is_dir() else 'device'}")
+        path.open("rb").close()  # says why it cannot be read, where safetensors says that it is not there
         try:
             with safe_open(path, "pt") as file:
                 shapes = {name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118

@@ -45,8 +45,9 @@ def add(commands: Any) -> None:
     text = "the video; or a folder, a pattern such as out/%%05d.png or (one frame) a .png (default: LATENTS with .decoded.mp4)"
     decode.add_argument("output", nargs="?", help=text)
     decode.add_argument("--codec", help=f"{CODEC_HELP} (default: the one the file names)")
-    decode.add_argument("--crf", type=whole_number(0, 51), default=18, metavar="0-51", help="H.264 quality, 0 is best (default: 18)")
-    decode.add_argument("--lossless", action="store_true", help="store 8-bit RGB as it is decoded")
+    quality = decode.add_mutually_exclusive_group()
+    quality.add_argument("--crf", type=whole_number(0, 51), default=18, metavar="0-51", help="H.264 quality, 0 is best (default: 18)")
+    quality.add_argument("--lossless", action="store_true", help="store 8-bit RGB as it is decoded")
     decode.add_argument("--bit-depth", type=int, choices=(8, 10), default=8, help="bits per component; 10 gives 16-bit PNG (default: 8)")
     decode.add_argument("--audio", metavar="SOURCE", help="copy the sound of this film, such as the one that was encoded")
     add_running(decode)
@@ -69,12 +70,14 @@ def _encode(args: argparse.Namespace) -> None:
         print(TINY_NOTE, file=sys.stderr)
     margins = _margins(args.crop, source.width, source.height) if args.crop else (0, 0, 0, 0)
     width, height = source.width - margins[0] - margins[2], source.height - margins[1] - margins[3]
-    vae = tiled(vae, args, _padded(height, width, spec), "encoder")
+    frames = min(filter(None, (source.frames, args.frames)), default=None)
+    chunk = _chunk(args.chunk, frames, spec)
+    vae = tiled(vae, args, _padded(height, width, spec), "encoder", chunk, frames)
     with progress_bar(args) as progress:
         info = VideoCodec(vae, name=_recorded_name(spec)).encode_file(
             args.video,
             output,
-            chunk=args.chunk,
+            chunk=chunk,
             dtype=getattr(torch, DTYPES[args.latent_dtype]),
             limit=args.frames,
             logvar=args.logvar,
@@ -103,12 +106,13 @@ def _decode(args: argparse.Namespace) -> None:
         raise ValueError(
             f"'{args.latents}' holds latents of the space '{recorded.latent_space}', but '{spec.name}' decodes '{spec.latent_space}'"
         )
-    vae = tiled(load(spec, args), args, _padded(recorded.height, recorded.width, spec), "decoder")
+    chunk = _chunk(args.chunk, recorded.frames, spec)
+    vae = tiled(load(spec, args), args, _padded(recorded.height, recorded.width, spec), "decoder", chunk, recorded.frames)
     with progress_bar(args) as progress:
         info = VideoCodec(vae, name=_recorded_name(spec)).decode_file(
             args.latents,
             output,
-            chunk=args.chunk,
+            chunk=chunk,
             crf=args.crf,
             lossless=args.lossless,
             bit_depth=args.bit_depth,
@@ -161,10 +165,15 @@ def _padded(height: int, width: int, spec: VAESpec) -> tuple[int, int]:
     return height + padding.bottom, width + padding.right
 
 
+def _chunk(asked: int, frames: int | None, spec: VAESpec) -> int:
+    """Latent frames at a time, not more than the film has after the first: memory is planned for them."""
+    return asked if frames is None else max(1, min(asked, -(-(frames - 1) // spec.stride[0])))
+
+
 def _recorded_name(spec: VAESpec) -> str | None:
     """The name for the latent file: none for a path, Hub id or import string, which mean nothing elsewhere."""
     return None if spec.name in (spec.weights, spec.target) else spec.name
 
 
 def _summary(info: LatentInfo) -> str:
-    return f"{info.frames} frames of {info.width}x{info.height} at {float(info.fps):.5g} fps, codec '{info.codec}'"
+    return f"{info.frames} frame{'s' * (info.frames > 1)} of {info.width}x{info.height} at {float(info.fps):.5g} fps, codec '{info.codec}'"

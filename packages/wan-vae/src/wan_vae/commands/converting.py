@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..plugins import VAESpec, find_vae
-from .common import CODEC_HELP, DTYPES, command
+from .common import CODEC_HELP, DTYPES, check_folder, command
 
 if TYPE_CHECKING:
     from .._shared.weights import Pretrained
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SUFFIXES = {"official": (".pth", ".safetensors"), "comfy": (".safetensors",)}  # the others are folders
 LAYOUTS = {
     "official": "one file in official names",
-    "comfy": "the same as .safetensors",
+    "comfy": "one .safetensors file in official names",
     "diffusers": "folder of AutoencoderKLWan",
     "wan": "our folder, which keeps every fact",
 }
@@ -59,8 +59,7 @@ def _check_output(args: argparse.Namespace, out: Path) -> None:
         raise ValueError(f"cannot write '{out}': --to {args.to} makes a folder, give the name of one")
     if suffixes and out.is_dir():
         raise ValueError(f"cannot write '{out}': it is a folder")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"cannot write '{out}': there is no folder '{out.absolute().parent}'")
+    check_folder(out)
     source = Path(args.source)
     if out.exists() and source.exists() and out.resolve() in (source.resolve(), source.resolve().parent):
         raise ValueError(f"'{out}' is the input, or holds it; name another output")

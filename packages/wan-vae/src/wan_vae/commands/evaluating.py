@@ -13,7 +13,8 @@ from .._shared.cli import show
 from .._shared.files import replacing
 from ..plugins import VAESpec, find_vae
 from .coding import TINY_NOTE
-from .common import CODEC_HELP, DTYPES, command, load, progress_bar, whole_number
+from .common import CODEC_HELP, DTYPES, check_folder, command, load, progress_bar, whole_number
+from .planning import pixels
 
 if TYPE_CHECKING:
     from ..codec import Progress
@@ -31,9 +32,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--codec", action="append", help=f"{CODEC_HELP}; may be repeated (default: the built-in tiny)")
     parser.add_argument("--frames", type=whole_number(1), help="measure only the first so many frames of every clip")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--size", type=_size, metavar="HxW", help="scale and crop pictures to this height and width")
+    size.add_argument("--size", type=pixels, metavar="HxW", help="scale and crop pictures to this height and width")
     size.add_argument("--max-size", type=whole_number(1), metavar="PIXELS", help="scale pictures down to this longer side")
-    parser.add_argument("--tile", type=_size, metavar="HxW", help="measure seams at the borders of tiles of this size")
+    parser.add_argument("--tile", type=pixels, metavar="HxW", help="measure seams at the borders of tiles of this size")
     parser.add_argument("--latent-dtype", choices=DTYPES, default="fp32", help="type that latents are stored in (default: fp32)")
     parser.add_argument("--lpips-weights", metavar="FILE", help="TorchScript or .pt2 network: two batches [N, 3, H, W] in [-1, 1] to LPIPS")
     parser.add_argument("--fvd-model", metavar="FILE", help="TorchScript or .pt2 network: a video [1, 3, 16, H, W] in [-1, 1] to features")
@@ -42,13 +43,6 @@ def add(commands: Any) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="type to compute in (default: fp32)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.add_argument("--progress", action="store_true", help="show progress where stderr is no terminal, too")
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) > 1 and int(width) > 1):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a height and width such as 480x832")
-    return int(height), int(width)
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -141,8 +135,7 @@ def _output(args: argparse.Namespace) -> Path | None:
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"cannot write to '{out}': it exists and is not a folder")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"cannot write '{out}': there is no folder '{out.absolute().parent}'")
+    check_folder(out)
     for name in FILES:
         if (out / name).exists() and not args.overwrite:
             raise ValueError(f"'{out / name}' exists; name another folder or pass --overwrite")

@@ -14,14 +14,15 @@ from ..weights_state import weights_state
 from .common import CODEC_HELP, command
 
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+CONFIGS = ("config.json", "model_index.json")
 SPEC_FIELDS = ("latent_space", "channels", "stride", "parameters", "state", "weights", "summary")
 
 
 def add(commands: Any) -> None:
-    text = "facts of a video, a latent file or a codec"
+    text = "facts of a video, pictures, a latent file or a codec"
     info = command(commands, "info", _info, text, "wan-vae info film.safetensors --json", listing=True)
     which = info.add_mutually_exclusive_group(required=True)
-    which.add_argument("file", nargs="?", help="a video, a latent file or a checkpoint")
+    which.add_argument("file", nargs="?", help="a video, a picture or folder of pictures, a latent file or a checkpoint")
     which.add_argument("--codec", help=CODEC_HELP)
 
     command(commands, "list", _list, "the installed VAEs", "wan-vae list --json", listing=True)
@@ -43,10 +44,19 @@ def _file_facts(path: str) -> dict[str, Any]:
     if is_latent_file(path):
         file = LatentFile.open(path)
         return {"kind": "latents", "shape": list(file.shape), "dtype": file.dtype, **file.info.to_metadata()}
-    if Path(path).is_dir() or Path(path).suffix in CHECKPOINTS:
+    if _is_checkpoint(Path(path)):
         return {"kind": "checkpoint", **_codec_facts(find_vae(path))}
     info = probe(path)
     return {"kind": "video", **{key: str(value) if isinstance(value, Fraction) else value for key, value in vars(info).items()}}
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a file is named as one, or a folder holds one; any other folder is of pictures."""
+    if path.is_dir():
+        return any(file.suffix in CHECKPOINTS or file.name in CONFIGS for file in path.iterdir())
+    if path.suffix in CHECKPOINTS and not path.is_file():
+        raise FileNotFoundError(f"no file at '{path}'")
+    return path.suffix in CHECKPOINTS
 
 
 def _list(args: argparse.Namespace) -> None:

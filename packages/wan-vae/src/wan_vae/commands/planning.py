@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .._shared.cli import show
 from ..plugins import find_vae
-from .common import CODEC_HELP, DTYPES, command, whole_number
+from .common import CODEC_HELP, DTYPES, add_chunk, command, whole_number
 
 if TYPE_CHECKING:
+    import torch
+
     from ..tiles import Half
 
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "KI": 1024, "MI": 1024**2, "GI": 1024**3, "TI": 1024**4}
+LONGEST_SIDE = 32768  # pixels, beyond any film
 HALVES: dict[str, Half] = {"encode": "encoder", "decode": "decoder"}
 
 
@@ -27,7 +31,7 @@ def add(commands: Any) -> None:
     plan.add_argument("--dtype", choices=DTYPES, default="fp32", help="type to compute in (default: fp32)")
     plan.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
     plan.add_argument("--memory", type=amount, help="keep to so much, such as 8GB or 500MiB (default: what is free on the device)")
-    plan.add_argument("--chunk", type=whole_number(1), default=1, help="latent frames at a time (default: 1)")
+    add_chunk(plan)
 
 
 def add_tiling(parser: argparse.ArgumentParser) -> None:
@@ -46,24 +50,28 @@ def add_tiling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def tiled(vae: Any, args: argparse.Namespace, size: tuple[int, int], half: Half) -> Any:
+def tiled(vae: Any, args: argparse.Namespace, size: tuple[int, int], half: Half, chunk: int = 1, frames: int | None = None) -> Any:
     """`vae` in the tiles that the options ask for, or that a plan for `half` ("encoder" or "decoder") finds necessary.
 
-    size: height and width in pixels. Says on stderr which tiles a plan chose, and whether they are exact.
+    size: height and width in pixels
+    chunk: latent frames at a time
+    frames: of the film, where known
+    Says on stderr which tiles a plan chose, and whether they are exact. Raises ValueError for options that contradict each other.
     """
     from ..backoff import BackingOff, describe, smaller_tiles
     from ..model import WanVAE
     from ..plan import make_plan, setting_of
     from ..tiling import TiledVAE
 
+    if args.tile == "off" and args.tile_mode:
+        raise ValueError(f"--tile off works without tiles: leave out --tile-mode {args.tile_mode}")
     if args.tile == "off":
         return vae
-    chunk = getattr(args, "chunk", 1)
     if args.tile != "auto":
         exact = isinstance(vae, WanVAE)
         vae = TiledVAE(vae, args.tile, args.tile_mode or ("exact" if exact else "blend"))
     elif isinstance(vae, WanVAE):
-        setting = setting_of(vae, half, size, chunk)
+        setting = replace(setting_of(vae, half, size, chunk), frames=frames)
         plan = make_plan(setting, "whole")
         if not plan.fits:
             plan = make_plan(setting, args.tile_mode)
@@ -71,17 +79,17 @@ def tiled(vae: Any, args: argparse.Namespace, size: tuple[int, int], half: Half)
             vae = TiledVAE(vae, plan.tile, plan.mode, plan.overlap or None)
             print(f"wan-vae: {size[0]}x{size[1]} pixels would not fit into {in_words(plan.budget)}: {describe(vae)}", file=sys.stderr)
         if not plan.fits:
-            print(f"wan-vae: {in_words(plan.memory)} may be needed, {in_words(plan.budget)} are free", file=sys.stderr)
+            less = ", of which a smaller --chunk takes less" if chunk > 1 else ""
+            print(f"wan-vae: {in_words(plan.memory)} may be needed, {in_words(plan.budget)} are free{less}", file=sys.stderr)
     return BackingOff(vae, smaller_tiles(vae, chunk))
 
 
 def _plan(args: argparse.Namespace) -> None:
     import torch
 
-    from .._shared.weights import usable_device
     from ..plan import Setting, config_of, make_plan
 
-    device = torch.device(args.device) if args.memory else usable_device(args.device)
+    device = _device(args)
     config = config_of(find_vae(args.codec))
     rows = []
     for name, half in HALVES.items():
@@ -107,12 +115,27 @@ def _plan(args: argparse.Namespace) -> None:
     show(rows, as_json=args.json)
 
 
+def _device(args: argparse.Namespace) -> torch.device:
+    """The device to plan for; with `--memory` it need not be here."""
+    import torch
+
+    from .._shared.weights import usable_device
+
+    if not args.memory:
+        return usable_device(args.device)
+    try:
+        return torch.device(args.device)
+    except RuntimeError as error:
+        raise ValueError(f"there is no device '{args.device}', expected one such as cpu, cuda, cuda:1 or mps") from error
+
+
 def pixels(text: str) -> tuple[int, int]:
     """An argparse type: `HxW`."""
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII)
-    if not match or not int(match[1]) or not int(match[2]):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a height and width such as 480x832")
-    return int(match[1]), int(match[2])
+    height, width = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not (0 < height <= LONGEST_SIDE and 0 < width <= LONGEST_SIDE):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a height and width such as 480x832, of at most {LONGEST_SIDE} pixels")
+    return height, width
 
 
 def tile_size(text: str) -> tuple[int, int] | str:
