@@ -61,6 +61,7 @@ def read_header(path: Path) -> State:
     else:
         found = {}
         for name in files:
+            name.open("rb").close()  # says why it cannot be read, where safetensors says that it is not there
             try:
                 with safe_open(name, "pt") as file:
                     for key in file.keys():  # noqa: SIM118 (not a mapping)
