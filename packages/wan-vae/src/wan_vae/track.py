@@ -25,7 +25,7 @@ class Track:
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
-        self.stream.thread_type = "SLICE"  # frame threads report an error some packets late
+        self.stream.codec_context.thread_count = 1  # frame threads tell of errors late, slice threads of H.264's not at all
         self.pending: dict[int, bool] = {}  # times of the packets whose picture is due, and whether it follows damage
         self.failed: set[int] = set()  # times of those that did not decode
         self.tainted, self.reason = False, ""
@@ -121,7 +121,8 @@ class Track:
             self.reason = f"it declares {held + lost} frames and holds {held}"
             for index in range(lost):
                 if index and lost > max(held, 1):
-                    raise ValueError(f"{self.reason}: too many to fill, --on-error stop ends there")
+                    path = container.name.removeprefix("file:")
+                    raise ValueError(f"'{path}' is damaged: {self.reason}, too many to fill; --on-error stop ends there")
                 yield self._missing(None)
 
     def _lost(self, container: Any) -> int:
