@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from wan_dit.checkpoint import DIFFUSERS_FIELDS as DIT_FIELDS
-from wan_dit.checkpoint import names as dit_names
 from wan_dit.config import DiTConfig
+from wan_dit.layouts import DIFFUSERS_FIELDS as DIT_FIELDS
+from wan_dit.layouts import names as dit_names
 from wan_dit.model import WanDiT
 from wan_text.config import UMT5Config
 from wan_text.layouts import HF_FIELDS, hf_names

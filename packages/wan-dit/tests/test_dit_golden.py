@@ -15,13 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from wan_dit import attention, layers, model, rope
-from wan_dit.checkpoint import config_of, names
+from wan_dit.checkpoint import config_of
 from wan_dit.contracts import Conditioning
+from wan_dit.layouts import names
 from wan_dit.model import WanDiT
 
 pytestmark = pytest.mark.golden
 FOLDER = Path(os.environ.get("WAN_GOLDEN") or Path(__file__).parent / "golden")
-CASES = ("dit_t2v_21", "dit_t2v_22", "dit_t2v_hd128", "dit_i2v_22")
+CASES = (
+    *("dit_t2v_21", "dit_t2v_22", "dit_t2v_hd128", "dit_i2v_22"),
+    *("dit_i2v_21", "dit_i2v_21_clip1280", "dit_flf2v_21", "dit_vace_21"),
+)
 
 
 def hashed(name: str, shape: tuple[int, ...], scale: float, offset: float) -> Tensor:
@@ -43,9 +47,11 @@ class Case:
         weights = {key.removeprefix("weights/"): value for key, value in self.tensors.items() if key.startswith("weights/")}
         if recipe := self.about.get("recipe"):
             with torch.device("meta"):
-                bare = WanDiT(config_of(folder, weights))
+                bare = WanDiT(config_of(folder, {key: tuple(value.shape) for key, value in weights.items()}))
             shapes = {names(bare.config, "official")[key]: tuple(value.shape) for key, value in bare.state_dict().items()}
             weights |= {key: hashed(key, shapes[key], *numbers) for key, numbers in recipe["tensors"].items()}
+        for key, given in self.about.get("recipe_inputs", {}).items():
+            self.tensors[key] = hashed(key, tuple(given["shape"]), given["scale"], given["offset"])
         save_file(weights, folder / "diffusion_pytorch_model.safetensors")
         self.model = WanDiT.from_pretrained(folder)
 
@@ -87,9 +93,18 @@ class Case:
         return max(excesses)
 
     def run(self, args: dict[str, Any], batch: list[int], timestep: Tensor) -> Tensor:
-        extra = Conditioning(torch.stack([args["y"][i] for i in batch])) if "y" in args else None
-        context = self.model.encode_context([args["context"][i] for i in batch])
-        return self.model(torch.stack([args["x"][i] for i in batch]), timestep, context, extra)
+        stacked = {name: torch.stack([args[name][i] for i in batch]) for name in ("y", "vace_context") if name in args}
+        images = None
+        if "clip_fea" in args:  # FLF2V has two images a sample
+            images = args["clip_fea"].unflatten(0, (len(args["x"]), -1)).flatten(1, 2)[batch]
+        given = Conditioning(
+            extra_latents=stacked.get("y"),
+            image_context=images,
+            vace=stacked.get("vace_context"),
+            vace_scale=args.get("vace_context_scale", 1.0),
+        )
+        context = self.model.encode_context([args["context"][i] for i in batch], given)
+        return self.model(torch.stack([args["x"][i] for i in batch]), timestep, context, given)
 
 
 def test_the_integer_recipe_gives_its_check_values() -> None:

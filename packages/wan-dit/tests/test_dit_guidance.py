@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from wan_dit.contracts import Conditioning, Context
+from wan_dit.contracts import Conditioning, Context, KeysValues
 from wan_dit.guidance import guided_velocity
 
 
@@ -20,11 +20,11 @@ class Linear:
     calls: list[tuple[Context, Conditioning | None]] = field(default_factory=list)
 
     def encode_context(self, text: list[Tensor], conditioning: Conditioning | None = None) -> Context:
-        return Context((torch.stack([tokens.mean() for tokens in text]),), ())
+        return Context((KeysValues(means := torch.stack([tokens.mean() for tokens in text]), means),))
 
     def __call__(self, latents: Tensor, timestep: Tensor, context: Context, conditioning: Conditioning | None = None) -> Tensor:
         self.calls.append((context, conditioning))
-        return latents * timestep.view(-1, 1, 1, 1, 1) / 1000 + context.keys[0].view(-1, 1, 1, 1, 1)
+        return latents * timestep.view(-1, 1, 1, 1, 1) / 1000 + context.blocks[0].key.view(-1, 1, 1, 1, 1)
 
 
 LATENTS, TIMESTEP = torch.randn(2, 4, 2, 3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([900.0, 300.0])

@@ -149,9 +149,9 @@ def test_few_pad_rows_weigh_as_much_as_all(monkeypatch: pytest.MonkeyPatch) -> N
         with monkeypatch.context() as patch:
             patch.setattr(model_module, "computes_in_fp32", lambda weight: False)
             full = model.encode_context(text)
-        assert full.keys[0].shape[1] == SMALL.text_len
+        assert full.blocks[0].key.shape[1] == SMALL.text_len
         assert full.bias is None
-        assert short.keys[0].shape[1] == min(max(lengths) + 1, SMALL.text_len)
+        assert short.blocks[0].key.shape[1] == min(max(lengths) + 1, SMALL.text_len)
         assert relative(model(latents, timestep, short), model(latents, timestep, full)) <= 2e-6
 
 

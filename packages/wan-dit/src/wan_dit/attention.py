@@ -1,4 +1,4 @@
-"""Self-attention and cross-attention of a block (official `WanSelfAttention`, `WanT2VCrossAttention`).
+"""Self-attention and cross-attention of a block (official `WanSelfAttention`, `WanT2VCrossAttention`, `WanI2VCrossAttention`).
 
 q, k, v and o have biases; q and k pass an RMS norm over the full width before they are split into heads; only
 self-attention is rotated. Self-attention calls `attend`, which another function of the same signature may replace.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .contracts import KeysValues
 from .layers import RMSNorm
 from .rope import rotate
 
@@ -58,16 +59,34 @@ class SelfAttention(_Attention):
 
 
 class CrossAttention(_Attention):
-    """Attention to the context, whose keys and values are computed once per prompt."""
+    """Attention to the context, whose keys and values are computed once per prompt.
 
-    def keys_values(self, context_BMD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, M, N, H]` of embedded context rows."""
-        v_BMNH = self.heads(self.v(context_BMD))
-        return self.heads(self.norm_k(self.k(context_BMD))).to(v_BMNH.dtype), v_BMNH
+    image: whether image tokens are read too, by an attention of their own with the same queries, whose result is added
+    before `o` (official `WanI2VCrossAttention`)
+    """
 
-    def forward(self, x_BLD: Tensor, k_BMNH: Tensor, v_BMNH: Tensor, bias: Tensor | None) -> Tensor:
-        q_BLNH = self.heads(self.norm_q(self.q(x_BLD))).to(v_BMNH.dtype)
-        return self.o(sdpa(q_BLNH, k_BMNH, v_BMNH, bias).flatten(2))
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float, image: bool = False) -> None:
+        super().__init__(dim, num_heads, qk_norm, eps)
+        if image:
+            self.k_img = nn.Linear(dim, dim)
+            self.v_img = nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+
+    def keys_values(self, text_BMD: Tensor, image_BMD: Tensor | None = None) -> KeysValues:
+        """Keys and values of embedded text rows and, where there are any, of embedded image tokens."""
+        value = self.heads(self.v(text_BMD))
+        key = self.heads(self.norm_k(self.k(text_BMD))).to(value.dtype)
+        if image_BMD is None:
+            return KeysValues(key, value)
+        image_value = self.heads(self.v_img(image_BMD))
+        return KeysValues(key, value, self.heads(self.norm_k_img(self.k_img(image_BMD))).to(value.dtype), image_value)
+
+    def forward(self, x_BLD: Tensor, context: KeysValues, bias: Tensor | None) -> Tensor:
+        q_BLNH = self.heads(self.norm_q(self.q(x_BLD))).to(context.value.dtype)
+        out_BLNH = sdpa(q_BLNH, context.key, context.value, bias)
+        if context.image_key is not None and context.image_value is not None:
+            out_BLNH = out_BLNH + sdpa(q_BLNH, context.image_key, context.image_value)
+        return self.o(out_BLNH.flatten(2))
 
 
 def pad_bias(lengths: list[int], rows: int, text_len: int, device: torch.device) -> Tensor | None:

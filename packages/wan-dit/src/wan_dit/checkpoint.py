@@ -1,194 +1,189 @@
-"""Checkpoint layouts of the transformer as tables of names: own, official (Wan-Video, ComfyUI) and diffusers.
+"""Reads the transformer in every layout that it is published in (`layouts`): whatever the container, packed or not.
 
-Read: our folders, official folders (sharded or not), diffusers folders, and single files in official or diffusers names
-with or without ComfyUI's prefix. Where no `config.json` says it, the configuration comes from the shapes of the tensors.
+Read: our folders, official folders (sharded or not), diffusers folders, single files in official or diffusers names with or
+without a prefix, fp8 with and without scales, and GGUF. The configuration is that of `config.json` where there is one; what
+that does not tell, and all of it where there is none, comes from the names and shapes of the tensors.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 from safetensors import safe_open
+from torch import Tensor
 
+from ._shared.files import read_json
+from ._shared.gguf_file import read_gguf
+from ._shared.packed import PackedState, join_scales
 from ._shared.spec import UNKNOWN
-from ._shared.weights import State, locate, read_config, read_state, rename, strip_prefix
+from ._shared.weights import locate, read_config, read_state, rename, strip_prefix
+from .conditions import CAMERA_DOWNSCALE
 from .config import DiTConfig
+from .layouts import (
+    BLOCK,
+    CROSS_NORM,
+    DIFFUSERS_CLASSES,
+    DIFFUSERS_FIELDS,
+    OFFICIAL_CLASSES,
+    OFFICIAL_FIELDS,
+    QK_NORM,
+    TOP,
+    UNSUPPORTED,
+    Layout,
+    names,
+)
 from .plugins import BackboneSpec
 
-Layout = Literal["official", "diffusers"]
 Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape | None]  # None where only the name is known
 
 FORMAT = "wan-dit/1"
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "module.", "net.")
+INDEX = "*.safetensors.index.json"
 HUB_FILES = ("config.json", "model_index.json", "model*.safetensors*", "diffusion_pytorch_model*", "transformer/*")
-CONFIG_FILES = ("config.json", "model_index.json", "transformer/config.json")
+CONFIG_FILES = ("config.json", "model_index.json", "transformer/config.json", INDEX, f"transformer/{INDEX}")
 HEAD_DIM = 128  # of every released model; no tensor shape tells it
-
-
-class Row(NamedTuple):
-    """One layer's name in each layout, and the ends that its tensors' names have there."""
-
-    own: str
-    official: str
-    diffusers: str
-    ends: tuple[str, ...]
-
-
-_LAYER, _NORM, _TENSOR = (".weight", ".bias"), (".weight",), ("",)
-TOP = (
-    Row("patch_embedding", "patch_embedding", "patch_embedding", _LAYER),
-    Row("context_embedder.0", "text_embedding.0", "condition_embedder.text_embedder.linear_1", _LAYER),
-    Row("context_embedder.2", "text_embedding.2", "condition_embedder.text_embedder.linear_2", _LAYER),
-    Row("time_embedding.0", "time_embedding.0", "condition_embedder.time_embedder.linear_1", _LAYER),
-    Row("time_embedding.2", "time_embedding.2", "condition_embedder.time_embedder.linear_2", _LAYER),
-    Row("time_projection.1", "time_projection.1", "condition_embedder.time_proj", _LAYER),
-    Row("head.proj", "head.head", "proj_out", _LAYER),
-    Row("head.modulation", "head.modulation", "scale_shift_table", _TENSOR),
-)
-BLOCK = (
-    Row("modulation", "modulation", "scale_shift_table", _TENSOR),
-    Row("self_attn.q", "self_attn.q", "attn1.to_q", _LAYER),
-    Row("self_attn.k", "self_attn.k", "attn1.to_k", _LAYER),
-    Row("self_attn.v", "self_attn.v", "attn1.to_v", _LAYER),
-    Row("self_attn.o", "self_attn.o", "attn1.to_out.0", _LAYER),
-    Row("cross_attn.q", "cross_attn.q", "attn2.to_q", _LAYER),
-    Row("cross_attn.k", "cross_attn.k", "attn2.to_k", _LAYER),
-    Row("cross_attn.v", "cross_attn.v", "attn2.to_v", _LAYER),
-    Row("cross_attn.o", "cross_attn.o", "attn2.to_out.0", _LAYER),
-    Row("ffn.0", "ffn.0", "ffn.net.0.proj", _LAYER),
-    Row("ffn.2", "ffn.2", "ffn.net.2", _LAYER),
-)
-QK_NORM = (
-    Row("self_attn.norm_q", "self_attn.norm_q", "attn1.norm_q", _NORM),
-    Row("self_attn.norm_k", "self_attn.norm_k", "attn1.norm_k", _NORM),
-    Row("cross_attn.norm_q", "cross_attn.norm_q", "attn2.norm_q", _NORM),
-    Row("cross_attn.norm_k", "cross_attn.norm_k", "attn2.norm_k", _NORM),
-)
-CROSS_NORM = (Row("norm3", "norm3", "norm2", _LAYER),)
-
-# fields of the other config.json; what is not written there has the value of the released models
-OFFICIAL_FIELDS = (
-    *("patch_size", "in_dim", "out_dim", "dim", "ffn_dim", "freq_dim", "text_dim", "text_len"),
-    *("num_heads", "num_layers", "qk_norm", "cross_attn_norm", "eps"),
-)
-DIFFUSERS_FIELDS = {  # own: theirs
-    "patch_size": "patch_size",
-    "in_dim": "in_channels",
-    "out_dim": "out_channels",
-    "ffn_dim": "ffn_dim",
-    "freq_dim": "freq_dim",
-    "text_dim": "text_dim",
-    "num_heads": "num_attention_heads",
-    "num_layers": "num_layers",
-    "cross_attn_norm": "cross_attn_norm",
-    "eps": "eps",
-}
+CLIP_DIM, CLIP_TOKENS = 1280, 257
 # latent channels -> (latent space, stride) of the released VAEs
 LATENTS = {16: ("wan2.1", (4, 8, 8)), 48: ("wan2.2", (4, 16, 16))}
-UNSUPPORTED = {
-    "img_emb.": "image conditioning through CLIP (Wan2.1 I2V and FLF2V)",
-    "image_embedder.": "image conditioning through CLIP (Wan2.1 I2V and FLF2V)",
-    "vace_": "VACE",
-    "pose_patch_embedding": "Wan2.2 Animate",
-    "casual_audio_encoder": "Wan2.2 S2V",
-    "ref_conv": "Fun control with a reference image",
-    "control_adapter": "Fun camera control",
-    "scaled_fp8": "scaled fp8 storage",
-    "scale_weight": "scaled fp8 storage",
-    "weight_scale": "scaled fp8 storage",
-}
+SHAPE_FIELD = "comfy.gguf.orig_shape."  # GGUF holds at most four axes
 
 
-def names(config: DiTConfig, layout: Layout) -> dict[str, str]:
-    """Every tensor of a model of this configuration: own name -> name in `layout`, a bijection."""
-    block = (*BLOCK, *(QK_NORM if config.qk_norm else ()), *(CROSS_NORM if config.cross_attn_norm else ()))
-    table = {row.own + end: getattr(row, layout) + end for row in TOP for end in row.ends}
-    for i in range(config.num_layers):
-        table |= {f"trunk.blocks.{i}.{row.own}{end}": f"blocks.{i}.{getattr(row, layout)}{end}" for row in block for end in row.ends}
-    return table
+def read_checkpoint(path: Path) -> tuple[DiTConfig, PackedState]:
+    """Configuration and tensors, in our names, of a checkpoint in any layout; packed tensors stay packed, nothing is copied.
 
-
-def read_checkpoint(path: Path) -> tuple[DiTConfig, State]:
-    """Configuration and tensors, in our names, of a checkpoint in any layout; ValueError names what does not fit."""
-    path = _weights_folder(path)
-    state = strip_prefix(read_state(path), PREFIXES)
+    ValueError names what does not fit.
+    """
+    path = weights_folder(path)
+    state = read_tensors(path)
     config = config_of(path, {key: tuple(value.shape) for key, value in state.items()})
-    table = {theirs: own for own, theirs in names(config, _layout(state, path)).items()}
+    table = {theirs: own for own, theirs in names(config, layout_of(state, path)).items()}
     return config, rename(state, table, path)
+
+
+def read_tensors(path: Path) -> PackedState:
+    """All tensors of a file or folder, without prefix, in the names they have there; scales are joined with their weights."""
+    if path.suffix != ".gguf":
+        return join_scales(strip_prefix(read_state(path), PREFIXES), path)
+    found = read_gguf(path)
+    state: PackedState = dict(strip_prefix(dict[str, Any](found.tensors), PREFIXES))
+    for key, value in found.metadata.items():
+        name = key.removeprefix(SHAPE_FIELD)
+        if name != key and name in state:
+            stored = state[name]
+            state[name] = (stored if isinstance(stored, Tensor) else stored[:]).reshape([int(size) for size in value])
+    return state
 
 
 def describe(path: str | os.PathLike[str]) -> BackboneSpec:
     """The facts of a checkpoint from its `config.json`, or from the header of its file; reads no weights."""
-    return config_of(_weights_folder(locate(path, CONFIG_FILES)), None).spec(str(path), weights=str(path))
+    return config_of(weights_folder(locate(path, CONFIG_FILES)), None).spec(str(path), weights=str(path))
 
 
 def config_of(path: Path, shapes: Mapping[str, Shape] | None) -> DiTConfig:
-    """The configuration written beside the weights in any layout, else the one their shapes tell.
+    """The configuration written beside the weights in any layout, with what the weights tell, or all from their shapes.
 
-    shapes: tensors of the checkpoint, without prefix; None reads them from its header where they are needed.
+    shapes: tensors of the checkpoint, without prefix; None reads them from its header or index where they are needed.
     """
     written = read_config(path) or {}
     kind = written.get("format") or written.get("_class_name")
     try:
         if kind == FORMAT:
             return DiTConfig.model_validate({key: value for key, value in written.items() if key != "format"})
-        if kind is not None and kind not in ("WanModel", "WanTransformer3DModel"):
-            raise ValueError(f"its config.json says '{kind}', expected '{FORMAT}', 'WanModel' or 'WanTransformer3DModel'")
-        if kind == "WanModel":
-            return _from_official(written)
-        if kind == "WanTransformer3DModel":
-            return _from_diffusers(written)
+        if kind is not None and kind not in (*OFFICIAL_CLASSES, *DIFFUSERS_CLASSES):
+            expected = ", ".join(f"'{name}'" for name in (FORMAT, *OFFICIAL_CLASSES, *DIFFUSERS_CLASSES))
+            raise ValueError(f"its config.json says '{kind}', expected one of {expected}")
+        if kind in OFFICIAL_CLASSES:
+            return _with_spaces({**_from_official(written), **_branches(shapes if shapes is not None else header(path), written)})
+        if kind in DIFFUSERS_CLASSES:
+            return _with_spaces(_from_diffusers(written))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ValueError(f"config.json of '{path}' is not valid: {problems}") from error
     except ValueError as error:
         raise ValueError(f"'{path}' is not a checkpoint of this backbone: {error}") from error
-    return _from_shapes(shapes if shapes is not None else _header(path), path)
+    return _from_shapes(shapes if shapes is not None else header(path), path)
 
 
-def _from_official(written: Mapping[str, Any]) -> DiTConfig:
+def _from_official(written: Mapping[str, Any]) -> dict[str, Any]:
     if tuple(written.get("window_size", (-1, -1))) != (-1, -1):
         raise ValueError(f"window_size {written['window_size']} is not supported: released models attend globally, [-1, -1]")
-    if written.get("model_type") not in (None, "t2v", "ti2v", "i2v"):
-        raise ValueError(f"model_type '{written['model_type']}' is not supported yet")
-    return _with_spaces({name: written[name] for name in OFFICIAL_FIELDS if name in written})
+    if (kind := written.get("model_type")) in ("s2v", "animate"):
+        raise ValueError(f"model_type '{kind}' is not supported yet")
+    return {name: written[name] for name in OFFICIAL_FIELDS if name in written}
 
 
-def _from_diffusers(written: Mapping[str, Any]) -> DiTConfig:
-    if written.get("image_dim") is not None or written.get("added_kv_proj_dim") is not None:
-        raise ValueError(f"{UNSUPPORTED['img_emb.']} is not supported yet")
+def _from_diffusers(written: Mapping[str, Any]) -> dict[str, Any]:
     fields = {own: written[theirs] for own, theirs in DIFFUSERS_FIELDS.items() if theirs in written}
     # its qk_norm is no choice: diffusers builds the norms whatever it says
-    return _with_spaces(fields | {"dim": written["num_attention_heads"] * written["attention_head_dim"]})
+    return {**fields, "dim": written["num_attention_heads"] * written["attention_head_dim"]}
 
 
-def _from_shapes(shapes: Mapping[str, Shape], path: Path) -> DiTConfig:
-    """T2V models alone: what else a file holds is an error that says what it is."""
-    layout = _layout(shapes, path)
+def _branches(shapes: Shapes, written: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the parts that no official config.json tells, from names and shapes: a Wan2.2 I2V has no CLIP branch."""
+
+    def width(key: str, axis: int, default: int) -> int:
+        shape = shapes[key]
+        return default if shape is None else shape[axis]
+
+    found: dict[str, Any] = {}
+    for norm, positions in (
+        ("img_emb.proj.0.weight", "img_emb.emb_pos"),
+        ("condition_embedder.image_embedder.norm1.weight", "condition_embedder.image_embedder.pos_embed"),
+    ):
+        if norm in shapes:
+            found["image_dim"] = width(norm, 0, CLIP_DIM)
+        if positions in shapes:
+            found["pos_embed_seq_len"] = width(positions, 1, 2 * CLIP_TOKENS)
+    if "ref_conv.weight" in shapes:
+        found["ref_dim"] = width("ref_conv.weight", 1, 16)
+    if "control_adapter.conv.weight" in shapes:
+        found["camera_dim"] = width("control_adapter.conv.weight", 1, 24 * CAMERA_DOWNSCALE**2) // CAMERA_DOWNSCALE**2
+    if "vace_patch_embedding.weight" in shapes and "vace_layers" not in written:
+        count, layers = (_blocks(shapes, name) for name in ("vace_blocks", "blocks"))
+        found["vace_layers"] = tuple(range(0, layers, max(1, layers // count)))[:count]
+        found["vace_in_dim"] = width("vace_patch_embedding.weight", 1, 96)
+    return found
+
+
+def _blocks(shapes: Shapes, name: str) -> int:
+    numbers = [int(found[1]) for key in shapes if (found := re.match(rf"{name}\.(\d+)\.", key))]
+    return 1 + max(numbers, default=-1)
+
+
+def _from_shapes(shapes: Shapes, path: Path) -> DiTConfig:
+    layout = layout_of(shapes, path)
     top = {row.own: getattr(row, layout) for row in TOP}
     block = {row.own: f"blocks.0.{getattr(row, layout)}" for row in (*BLOCK, *QK_NORM, *CROSS_NORM)}
+
+    def shape(name: str) -> Shape:
+        if (found := shapes[name + ".weight"]) is None:
+            raise KeyError(name + ".weight")
+        return found
+
     try:
-        dim, in_dim, *patch = shapes[top["patch_embedding"] + ".weight"]
+        dim, in_dim, *patch = shape(top["patch_embedding"])
         fields = {
             "patch_size": tuple(patch),
             "in_dim": in_dim,
-            "out_dim": shapes[top["head.proj"] + ".weight"][0] // (patch[0] * patch[1] * patch[2]),
+            "out_dim": shape(top["head.proj"])[0] // (patch[0] * patch[1] * patch[2]),
             "dim": dim,
-            "ffn_dim": shapes[block["ffn.0"] + ".weight"][0],
-            "freq_dim": shapes[top["time_embedding.0"] + ".weight"][1],
-            "text_dim": shapes[top["context_embedder.0"] + ".weight"][1],
+            "ffn_dim": shape(block["ffn.0"])[0],
+            "freq_dim": shape(top["time_embedding.0"])[1],
+            "text_dim": shape(top["context_embedder.0"])[1],
             "num_heads": max(dim // HEAD_DIM, 1),
-            "num_layers": 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
+            "num_layers": _blocks(shapes, "blocks"),
             "qk_norm": block["self_attn.norm_q"] + ".weight" in shapes,
             "cross_attn_norm": block["norm3"] + ".weight" in shapes,
         }
-    except KeyError as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"'{path}' has no tensor {error}: it is not a complete {layout} checkpoint of this backbone") from error
-    return _with_spaces(fields)
+    return _with_spaces({**fields, **_branches(shapes, {})})
 
 
 def _with_spaces(fields: dict[str, Any]) -> DiTConfig:
@@ -199,7 +194,8 @@ def _with_spaces(fields: dict[str, Any]) -> DiTConfig:
     return config.model_copy(update={"latent_space": space, "stride": stride, "embedding_space": text})
 
 
-def _layout(keys: Mapping[str, Any], path: Path) -> Layout:
+def layout_of(keys: Mapping[str, Any], path: Path) -> Layout:
+    """Which names a checkpoint has; ValueError that says what it is where it is no backbone, or one of another kind."""
     for key in keys:
         for part, what in UNSUPPORTED.items():
             if part in key:
@@ -208,22 +204,28 @@ def _layout(keys: Mapping[str, Any], path: Path) -> Layout:
         return "official"
     if "condition_embedder.time_proj.weight" in keys:
         return "diffusers"
+    if any(key.startswith("vace_") for key in keys):
+        raise ValueError(f"'{path}' holds VACE blocks alone: they are added to a text-to-video model, given with them")
     first = ", ".join(sorted(keys)[:3])
     raise ValueError(f"'{path}' is no Wan backbone: neither official nor diffusers names in it (it starts with {first})")
 
 
-def _weights_folder(path: Path) -> Path:
+def weights_folder(path: Path) -> Path:
     """The folder of the transformer in a whole diffusers pipeline; an error that says which where there are two experts."""
     if (path / "high_noise_model").is_dir():
         raise ValueError(f"'{path}' holds two experts: give '{path / 'high_noise_model'}' or '{path / 'low_noise_model'}'")
     return path / "transformer" if (path / "model_index.json").exists() else path
 
 
-def _header(path: Path) -> dict[str, Shape]:
-    """Shapes of all tensors of a file or folder, without prefix; safetensors are read by their headers."""
+def header(path: Path) -> Shapes:
+    """Shapes of all tensors of a file or folder, without prefix; safetensors are read by their headers, or their index alone."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files and path.is_dir() and (index := next(path.glob(INDEX), None)):
+        return dict[str, Any](strip_prefix(dict.fromkeys(read_json(index)["weight_map"]), PREFIXES))  # type: ignore[arg-type]
+    if not files and path.is_dir() and not [file for file in path.iterdir() if file.suffix in (".pth", ".pt", ".bin", ".ckpt")]:
+        return {}
     if not files or files[0].suffix != ".safetensors":
-        return {key: tuple(value.shape) for key, value in strip_prefix(read_state(path), PREFIXES).items()}
+        return {key: tuple(value.shape) for key, value in read_tensors(path).items()}
     shapes: dict[str, Any] = {}
     for file in files:
         try:

@@ -21,22 +21,44 @@ class Conditioning:
     """What a task gives a backbone besides text.
 
     extra_latents: `[B, C, T', H', W']`, concatenated to the latents on the channel axis
+    image_context: `[B, N, image_dim]`, tokens of an image encoder, read by `encode_context`
+    vace: `[B, vace_in_dim, T', H', W']`, and the strength of its hints, one number or one a VACE block
+    reference: `[B, C, H', W']`, latents of an image whose tokens stand in front (Fun control)
+    camera: `[B, camera_dim, T', H, W]`, the camera path at the size of the pixels (Fun camera)
     """
 
     extra_latents: Tensor | None = None
+    image_context: Tensor | None = None
+    vace: Tensor | None = None
+    vace_scale: float | tuple[float, ...] = 1.0
+    reference: Tensor | None = None
+    camera: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """What the cross-attention of one block reads.
+
+    key, value: `[B, L, heads, head_dim]` of the text; image_key, image_value: of the image, None where there is none
+    """
+
+    key: Tensor
+    value: Tensor
+    image_key: Tensor | None = None
+    image_value: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Context:
-    """Projected text and the cross-attention keys and values of every block: a value the caller holds and may drop.
+    """Projected text and images, as keys and values of every block: a value the caller holds and may drop.
 
-    keys, values: one `[B, L, heads, head_dim]` a block
-    bias: added to the attention logits, `[B, 1, 1, L]`; None where it is zero
+    blocks: one a block of the trunk; vace_blocks: one a VACE block
+    bias: added to the logits of attention to the text, `[B, 1, 1, L]`; None where it is zero
     """
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    blocks: tuple[KeysValues, ...]
     bias: Tensor | None = None
+    vace_blocks: tuple[KeysValues, ...] = ()
 
 
 @dataclass(frozen=True)

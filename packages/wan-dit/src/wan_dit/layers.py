@@ -3,10 +3,15 @@
 The time MLP, the modulation, the residual stream and the head are computed in fp32 whatever type the weights have and
 whether or not autocast is on (official code, `amp.autocast(dtype=torch.float32)`); all else runs in the type of the weights.
 
+Other precisions are two types (`Precision`): of the residual stream, and of the modulation, in which norms, gates and the head
+are computed. What stays fp32 in all of them are the time MLP and the rotation of queries and keys.
+
 Shape suffixes: B batch, L tokens, D width, R timesteps.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,15 +65,31 @@ class PatchEmbedding(nn.Conv3d):
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
+Precision = Literal["official", "diffusers", "fast"]
+
+
+def precision_types(precision: Precision, weights: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """Types of the residual stream and of the modulation: `official` keeps both fp32, `diffusers` the latter, `fast` none."""
+    return {
+        "official": (torch.float32, torch.float32),
+        "diffusers": (weights, torch.float32),
+        "fast": (weights, weights),
+    }[precision]
+
+
 def modulated_norm(x_BLD: Tensor, shift_RD: Tensor, scale_RD: Tensor, rows_BL: Tensor, eps: float) -> Tensor:
     """LN(x) * (1 + scale) + shift, with the timestep of each token (or of each sample, where `rows` is `[B, 1]`)."""
-    normed_BLD = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=eps)
+    x_BLD, width = x_BLD.to(shift_RD.dtype), x_BLD.shape[-1:]
+    if len(shift_RD) == 1:  # one time for all tokens: scale and shift are the norm's own weight and bias
+        return F.layer_norm(x_BLD, width, 1 + scale_RD[0], shift_RD[0], eps)
+    normed_BLD = F.layer_norm(x_BLD, width, eps=eps)
     return torch.addcmul(F.embedding(rows_BL, shift_RD), normed_BLD, F.embedding(rows_BL, 1 + scale_RD))
 
 
 def gated_add(x_BLD: Tensor, y_BLD: Tensor, gate_RD: Tensor, rows_BL: Tensor) -> Tensor:
-    """x + y * gate in fp32."""
-    return torch.addcmul(x_BLD, y_BLD.float(), F.embedding(rows_BL, gate_RD))
+    """x + y * gate, computed in the type of the gate, in the type of x."""
+    gate = gate_RD if len(gate_RD) == 1 else F.embedding(rows_BL, gate_RD)
+    return torch.addcmul(x_BLD.to(gate.dtype), y_BLD.to(gate.dtype), gate).to(x_BLD.dtype)
 
 
 def time_sinusoid(timestep: Tensor, width: int) -> Tensor:

@@ -8,8 +8,16 @@ from .plugins import BackboneSpec, SchedulerSpec, VideoModelSpec, hookimpl
 
 _Backbone = partial(BackboneSpec, target="wan_dit.model:WanDiT", format="wan-dit/1", describe="wan_dit.checkpoint:describe")
 _Wan21 = partial(
-    _Backbone, latent_space="wan2.1", latent_channels=16, stride=(4, 8, 8), embedding_space="umt5-xxl", text_dim=4096, text_len=512
+    _Backbone,
+    latent_space="wan2.1",
+    latent_channels=16,
+    stride=(4, 8, 8),
+    embedding_space="umt5-xxl",
+    text_dim=4096,
+    text_len=512,
+    in_channels=16,
 )
+_WithImages = partial(_Wan21, in_channels=36, image_dim=1280)
 
 # what the captions of the built-in model's training data are made of (the data set `shapes` of wan-train)
 TINY_WORDS = {
@@ -26,17 +34,45 @@ TINY_WORDS = {
 
 @hookimpl
 def wan_backbones() -> list[BackboneSpec]:
+    hub = "hub:Wan-AI"
+    t2v_a14b, i2v_a14b = f"{hub}/Wan2.2-T2V-A14B", f"{hub}/Wan2.2-I2V-A14B"
     return [
-        _Wan21(name="wan2.1-t2v-1.3b", weights="hub:Wan-AI/Wan2.1-T2V-1.3B", summary="Wan2.1 text to video, 1.4 B parameters"),
-        _Wan21(name="wan2.1-t2v-14b", weights="hub:Wan-AI/Wan2.1-T2V-14B", summary="Wan2.1 text to video, 14.3 B parameters"),
+        _Wan21("wan2.1-t2v-1.3b", weights=f"{hub}/Wan2.1-T2V-1.3B", summary="text to video, 1.4 B parameters"),
+        _Wan21("wan2.1-t2v-14b", weights=f"{hub}/Wan2.1-T2V-14B", summary="text to video, 14.3 B parameters"),
+        _WithImages("wan2.1-i2v-14b-480p", weights=f"{hub}/Wan2.1-I2V-14B-480P", summary="image to video, 16.4 B parameters"),
+        _WithImages("wan2.1-i2v-14b-720p", weights=f"{hub}/Wan2.1-I2V-14B-720P", summary="image to video, 16.4 B parameters"),
+        _WithImages(
+            "wan2.1-flf2v-14b", weights=f"{hub}/Wan2.1-FLF2V-14B-720P", image_tokens=514, summary="first and last frame, 16.4 B parameters"
+        ),
+        _Wan21("wan2.1-vace-1.3b", weights=f"{hub}/Wan2.1-VACE-1.3B", vace=True, summary="VACE, 2.2 B parameters"),
+        _Wan21("wan2.1-vace-14b", weights=f"{hub}/Wan2.1-VACE-14B", vace=True, summary="VACE, 17.3 B parameters"),
+        _Wan21("wan2.2-t2v-a14b-high", weights=f"{t2v_a14b}/high_noise_model", summary="text to video, expert of high noise"),
+        _Wan21("wan2.2-t2v-a14b-low", weights=f"{t2v_a14b}/low_noise_model", summary="text to video, expert of low noise"),
+        _Wan21(
+            "wan2.2-i2v-a14b-high", weights=f"{i2v_a14b}/high_noise_model", in_channels=36, summary="image to video, expert of high noise"
+        ),
+        _Wan21("wan2.2-i2v-a14b-low", weights=f"{i2v_a14b}/low_noise_model", in_channels=36, summary="image to video, expert of low noise"),
         _Backbone(
-            name="tiny",
+            "wan2.2-ti2v-5b",
+            latent_space="wan2.2",
+            latent_channels=48,
+            stride=(4, 16, 16),
+            embedding_space="umt5-xxl",
+            text_dim=4096,
+            text_len=512,
+            in_channels=48,
+            weights=f"{hub}/Wan2.2-TI2V-5B",
+            summary="text, or a first frame, to video, 5 B parameters",
+        ),
+        _Backbone(
+            "tiny",
             latent_space="tiny-1",
             latent_channels=16,
             stride=(4, 8, 8),
             embedding_space="tiny-1",
             text_dim=96,
             text_len=32,
+            in_channels=16,
             weights="pkg:wan_dit/weights/tiny",
             summary="built in, draws moving shapes only",
         ),
@@ -51,9 +87,25 @@ def wan_schedulers() -> list[SchedulerSpec]:
     ]
 
 
+# The official `sample_neg_prompt`, which the models' defaults were chosen with; the tasks put words in front of it.
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+NEGATIVE_I2V = f"镜头晃动，{NEGATIVE}"
+NEGATIVE_FLF2V = f"镜头切换，{NEGATIVE_I2V}"
+
+_Model = partial(
+    VideoModelSpec, text_encoder="wan-text:umt5-xxl", scheduler="wan-dit:unipc", vae="wan-vae:wan2.1", negative_prompt=NEGATIVE
+)
+_I2V = partial(_Model, image_encoder="wan-text:clip-vit-h-14", negative_prompt=NEGATIVE_I2V, task="i2v", steps=40)
+_HD = (1280, 720)
+
+
 @hookimpl
 def wan_models() -> list[VideoModelSpec]:
     # parts are named with their distribution, so that these models stay whole whatever else offers a `tiny` or a `unipc`
+    own = "wan-dit:wan2"
     return [
         VideoModelSpec(
             "tiny",
@@ -70,23 +122,54 @@ def wan_models() -> list[VideoModelSpec]:
             summary="built in: six colours, four shapes, five motions",
             extra={"words": TINY_WORDS},
         ),
-        VideoModelSpec(
-            "wan2.1-t2v-1.3b",
-            backbone="wan-dit:wan2.1-t2v-1.3b",
-            vae="wan-vae:wan2.1",
-            text_encoder="wan-text:umt5-xxl",
-            scheduler="wan-dit:unipc",
-            shift=8.0,
-            guidance=6.0,
-            summary="text to video at 480p",
+        # shift and guidance of the 1.3 B model are those that its README recommends, not the official defaults of 5 and 5
+        _Model("wan2.1-t2v-1.3b", f"{own}.1-t2v-1.3b", shift=8.0, guidance=6.0, summary="text to video at 480p"),
+        _Model("wan2.1-t2v-14b", f"{own}.1-t2v-14b", size=_HD, summary="text to video at 480p and 720p"),
+        _Model("wan2.1-t2i-14b", f"{own}.1-t2v-14b", size=(1024, 1024), frames=1, task="t2i", summary="text to image"),
+        _I2V("wan2.1-i2v-14b-480p", f"{own}.1-i2v-14b-480p", shift=3.0, summary="image to video at 480p"),
+        _I2V("wan2.1-i2v-14b-720p", f"{own}.1-i2v-14b-720p", size=_HD, summary="image to video at 720p"),
+        _I2V(
+            "wan2.1-flf2v-14b",
+            f"{own}.1-flf2v-14b",
+            shift=16.0,
+            steps=50,
+            size=_HD,
+            task="flf2v",
+            negative_prompt=NEGATIVE_FLF2V,
+            summary="first and last frame to video",
         ),
-        VideoModelSpec(
-            "wan2.1-t2v-14b",
-            backbone="wan-dit:wan2.1-t2v-14b",
-            vae="wan-vae:wan2.1",
-            text_encoder="wan-text:umt5-xxl",
-            scheduler="wan-dit:unipc",
-            size=(1280, 720),
-            summary="text to video at 480p and 720p",
+        _Model("wan2.1-vace-1.3b", f"{own}.1-vace-1.3b", shift=16.0, task="vace", summary="creation and editing at 480p"),
+        _Model("wan2.1-vace-14b", f"{own}.1-vace-14b", shift=16.0, size=_HD, task="vace", summary="creation and editing at 480p and 720p"),
+        _Model(
+            "wan2.2-t2v-a14b",
+            f"{own}.2-t2v-a14b-high",
+            low_noise_backbone=f"{own}.2-t2v-a14b-low",
+            boundary=0.875,
+            steps=40,
+            shift=12.0,
+            guidance=(3.0, 4.0),
+            size=_HD,
+            summary="text to video, two experts",
+        ),
+        _Model(
+            "wan2.2-i2v-a14b",
+            f"{own}.2-i2v-a14b-high",
+            low_noise_backbone=f"{own}.2-i2v-a14b-low",
+            boundary=0.9,
+            steps=40,
+            guidance=(3.5, 3.5),
+            size=_HD,
+            task="i2v",
+            summary="image to video, two experts",
+        ),
+        _Model(
+            "wan2.2-ti2v-5b",
+            f"{own}.2-ti2v-5b",
+            vae="wan-vae:wan2.2",
+            size=(1280, 704),
+            frames=121,
+            fps=24,
+            task="ti2v",
+            summary="text, or a first frame, to video at 720p",
         ),
     ]

@@ -28,7 +28,9 @@ class BackboneSpec(ModelSpec):
     latent_space, latent_channels, stride: the VAE it was trained on
     embedding_space, text_dim, text_len: the text encoder it was trained on, and its longest context
     patch: latents per token in (time, height, width)
-    image_dim: width of image tokens, None where it takes none
+    in_channels: latent channels in, with those a task concatenates; 0 where it is not told (then those of the latents)
+    image_dim: width of image tokens, None where it takes none; image_tokens: how many it needs, None for those of one image
+    vace: whether it takes a VACE context
     """
 
     latent_space: str
@@ -38,7 +40,10 @@ class BackboneSpec(ModelSpec):
     text_dim: int
     text_len: int
     patch: tuple[int, int, int] = field(default=(1, 2, 2), kw_only=True)
+    in_channels: int = field(default=0, kw_only=True)
     image_dim: int | None = field(default=None, kw_only=True)
+    image_tokens: int | None = field(default=None, kw_only=True)
+    vace: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,10 @@ class VideoModelSpec:
     """A model: which parts it is made of, by name, and the settings it is used with.
 
     backbone, vae, text_encoder, scheduler: names, best as `dist:name`, which no other package can make ambiguous
+    task: `t2v`, `t2i`, `i2v`, `flf2v`, `vace` or `ti2v` (text to video, and a first frame where one is given)
+    image_encoder: of the image tokens, where the backbone reads any
+    low_noise_backbone: the second expert of Wan2.2 A14B, which takes over from `backbone` where the (truncated) timestep falls
+    below 1000 * `boundary`; then `guidance` may be a pair (low-noise, high-noise)
     size: (width, height) in pixels
     frames: 1 + k * temporal stride
     guidance: classifier-free guidance scale; 1 runs the model once a step
@@ -68,11 +77,15 @@ class VideoModelSpec:
     scheduler: str = "wan-dit:unipc"
     steps: int = 50
     shift: float = 5.0
-    guidance: float = 5.0
+    guidance: float | tuple[float, float] = 5.0
     size: tuple[int, int] = (832, 480)
     frames: int = 81
     fps: int = 16
     negative_prompt: str = ""
+    task: str = field(default="t2v", kw_only=True)
+    image_encoder: str | None = field(default=None, kw_only=True)
+    low_noise_backbone: str | None = field(default=None, kw_only=True)
+    boundary: float = field(default=0.0, kw_only=True)
     summary: str = field(default="", kw_only=True)
     extra: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 

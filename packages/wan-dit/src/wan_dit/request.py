@@ -21,7 +21,7 @@ class Request:
     negative_prompt: str
     steps: int
     shift: float
-    guidance: float
+    guidance: float | tuple[float, float]
     seed: int
     frames: int
     size: tuple[int, int]
@@ -29,7 +29,12 @@ class Request:
     @property
     def guided(self) -> bool:
         """Whether a step runs the backbone twice."""
-        return self.guidance != 1
+        return any(scale != 1 for scale in self.scales)
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Guidance of the low-noise and of the high-noise expert; one model has the same twice."""
+        return self.guidance if isinstance(self.guidance, tuple) else (self.guidance, self.guidance)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -51,7 +56,7 @@ def make_request(
     negative_prompt: str | None = None,
     steps: int | None = None,
     shift: float | None = None,
-    guidance: float | None = None,
+    guidance: float | tuple[float, float] | None = None,
     seed: int = 0,
     frames: int | None = None,
     size: tuple[int, int] | None = None,
@@ -105,7 +110,7 @@ def _check_numbers(request: Request) -> None:
         raise ValueError(f"steps must be at least 1 and at most {LARGEST['steps']}, got {request.steps}")
     if not (math.isfinite(request.shift) and request.shift > 0):
         raise ValueError(f"shift must be a positive number, got {request.shift}")
-    if not (math.isfinite(request.guidance) and request.guidance >= 0):
+    if not all(math.isfinite(scale) and scale >= 0 for scale in request.scales):
         raise ValueError(f"guidance must be 0 or more (1 turns it off), got {request.guidance}")
     if not 0 <= request.seed <= LARGEST["seed"]:
         raise ValueError(f"seed must be between 0 and 2**63 - 1, got {request.seed}")
