@@ -12,6 +12,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 THIRDPARTY = Path(__file__).parent / "thirdparty"
+sys.path.insert(0, str(Path(__file__).parent / "processes"))  # what other processes of the tests import
 Install = Callable[..., None]
 
 
