@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from documentation import ROOT, blocks
 from parallel_tasks import agree_task, attention_task, checkpoint_task, guidance_task, model_task, run
+from wan_dit import Pipeline
+from wan_dit.testing import difference
 
 pytestmark = pytest.mark.xdist_group("distributed")
 SECONDS, TOLERANCE = 90, 1e-5
@@ -20,7 +27,7 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Group:
     """`group(size, task, *arguments)`: the answers of so many processes to a task, by rank."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "wan_dit.parallel", "wan_dit.testing"])
 
     def start(size: int, task: Callable[..., Any], *given: Any) -> list[Any]:
         out = context.Queue()
@@ -41,24 +48,19 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Group:
     return start
 
 
-@pytest.mark.parametrize(
-    ("kind", "size", "plain"),
-    [("ulysses", 2, False), ("ulysses", 4, False), ("ring", 2, False), ("ring", 4, False), ("2d", 4, False), ("ring", 4, True)],
-)
-def test_attention_over_processes_equals_one_with_its_gradients(group: Group, kind: str, size: int, plain: bool) -> None:
-    for answer in group(size, attention_task, kind, plain):
-        for tokens, differences in answer.items():
-            assert max(differences) <= TOLERANCE, f"{tokens} tokens: output, dq, dk, dv off by {differences}"
+@pytest.mark.parametrize(("size", "kinds"), [(2, ["ulysses", "ring"]), (4, ["ulysses", "ring", "plain ring", "2d"])])
+def test_attention_over_processes_equals_one_with_its_gradients(group: Group, size: int, kinds: list[str]) -> None:
+    for answer in group(size, attention_task, kinds):
+        assert [max(differences.values()) <= TOLERANCE for differences in answer.values()] == [True] * len(kinds), answer
 
 
-@pytest.mark.parametrize(
-    ("kind", "plant", "tokens"), [("ulysses", "pads", 13), ("ring", "pads", 13), ("2d", "pads", 5), ("ring", "merge", 16)]
-)
-def test_padding_that_is_attended_to_and_a_wrong_merge_are_found(group: Group, kind: str, plant: str, tokens: int) -> None:
-    answers = group(4, attention_task, kind, False, plant)
-    assert max(max(answer[tokens]) for answer in answers) > 1000 * TOLERANCE
-    if plant == "pads":
-        assert max(max(answer[16]) for answer in answers) <= TOLERANCE, "16 tokens have no padding"
+@pytest.mark.parametrize(("plant", "kinds"), [("pads", ["ulysses", "ring", "2d"]), ("merge", ["ring", "2d"])])
+def test_padding_that_is_attended_to_and_a_wrong_merge_are_found(group: Group, plant: str, kinds: list[str]) -> None:
+    answers = group(4, attention_task, kinds, plant)
+    for kind in kinds:
+        worst = {tokens: max(answer[kind][tokens] for answer in answers) for tokens in answers[0][kind]}
+        assert min(worst[13], worst[5], worst[2]) > 1000 * TOLERANCE
+        assert (worst[16] <= TOLERANCE) == (plant == "pads"), "16 tokens have no padding"
 
 
 @pytest.mark.parametrize(
@@ -66,9 +68,9 @@ def test_padding_that_is_attended_to_and_a_wrong_merge_are_found(group: Group, k
     [
         ("text", {"ulysses": 2}, "sample", False),
         ("text", {"ring": 2}, "frame", False),
-        ("text", {"ulysses": 4}, "frame", False),
-        ("text", {"ring": 4}, "one", False),
-        ("text", {"ulysses": 2, "ring": 2}, "sample", False),
+        ("text", {"ulysses": 2, "ring": 2}, "one", False),
+        pytest.param("text", {"ulysses": 4}, "frame", False, marks=pytest.mark.slow),
+        pytest.param("text", {"ring": 4}, "sample", False, marks=pytest.mark.slow),
         ("vace", {"ulysses": 2, "ring": 2}, "frame", False),
         ("vace", {"ulysses": 2}, "sample", True),
         ("image", {"ulysses": 2, "ring": 2}, "sample", True),
@@ -97,8 +99,8 @@ def test_blocks_computed_again_in_the_backward_know_their_own_token_count(group:
 )
 def test_sampling_with_guidance_over_processes_equals_one(group: Group, degrees: dict[str, int], fsdp: bool) -> None:
     for answer in group(2 * degrees.get("ulysses", 1) * degrees.get("ring", 1), guidance_task, degrees, fsdp):
-        for scale, (difference, same, forwards) in answer.items():
-            assert difference <= TOLERANCE, f"scale {scale}"
+        for scale, (off, same, forwards) in answer.items():
+            assert off <= TOLERANCE, f"scale {scale}"
             assert same, "processes end with different latents"
             assert forwards == 3, "a process runs the backbone once a step"
 
@@ -108,3 +110,17 @@ def test_processes_agree_on_the_largest_value(group: Group) -> None:
     assert [answer[:3] for answer in answers] == [[True, False, 0.1 * 3]] * 4
     assert [answer[3] for answer in answers] == [2, 3, 2, 3], "rings are ranks 0, 2 and 1, 3"
     assert all(type(value) is kind for value, kind in zip(answers[0], (bool, bool, float, int), strict=True))
+
+
+def test_torchrun_makes_the_video_of_one_process(tmp_path: Path) -> None:
+    (text,) = [block.text for block in blocks(ROOT / "docs" / "wan-dit.md") if block.title == "parallel.py"]
+    script = tmp_path / "parallel.py"
+    script.write_text(text + "\nimport os, torch\ntorch.save(result.video, os.environ['RANK'] + '.pt')\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    assert difference(first, Pipeline("tiny")("a red circle moves left", seed=1).video) <= 1e-4
+    assert (tmp_path / "circle.mp4").stat().st_size > 0

@@ -128,37 +128,37 @@ def model_task(name: str, degrees: dict[str, int], times: str, fsdp: bool) -> di
     return {**answer, "kept": kept / sum(weight.numel() for weight in alone.trunk.parameters())}
 
 
-def attention_task(kind: str, plain: bool, plant: str = "") -> dict[int, tuple[float, ...]]:
-    """Output and gradients of attention by itself, by token count; every process has its own part of a loss."""
-    size, rank = dist.get_world_size(), dist.get_rank()
-    kernel = PlainLse() if plain else None
-    around = mesh_of(ulysses=2, ring=size // 2)
-    attend = {
-        "ulysses": lambda: parallel.Ulysses(dist.group.WORLD),
-        "ring": lambda: parallel.Ring(dist.group.WORLD, kernel),
-        "2d": lambda: parallel.Ulysses(around.get_group("ulysses"), parallel.Ring(around.get_group("ring"), kernel)),
-    }[kind]()
+def attention_task(kinds: list[str], plant: str = "") -> dict[str, dict[int, float]]:
+    """How far output and gradients of attention by itself are apart at worst, by kind and token count."""
+    return {kind: {tokens: _attention(_attends(kind), tokens, plant) for tokens in (16, 13, 5, 2)} for kind in kinds}
+
+
+def _attends(kind: str) -> Callable[..., Tensor]:
+    if kind == "2d":
+        mesh = mesh_of(ulysses=2, ring=2)
+        return parallel.Ulysses(mesh.get_group("ulysses"), parallel.Ring(mesh.get_group("ring")))
+    if kind == "ulysses":
+        return parallel.Ulysses(dist.group.WORLD)
+    return parallel.Ring(dist.group.WORLD, PlainLse() if kind == "plain ring" else None)
+
+
+def _attention(attend: Callable[..., Tensor], tokens: int, plant: str) -> float:
+    """Every process has some of the tokens, and its own part of the loss."""
+    size, rank, generator = dist.get_world_size(), dist.get_rank(), torch.Generator().manual_seed(tokens)
     if plant == "merge":
         ring_module.merge = lambda out, lse, part, part_lse: ((out + part) / size, torch.logaddexp(lse, part_lse))
-    answer = {}
-    for tokens in (16, 13, 5, 2):
-        length = -(-tokens // size)
-        generator = torch.Generator().manual_seed(tokens)
-        whole = [torch.randn(2, length * size, 4, 8, generator=generator) for _ in range(4)]
-        q, k, v = (x.clone().requires_grad_() for x in whole[:3])
-        expected = sdpa(q[:, :tokens], k[:, :tokens], v[:, :tokens])
-        (expected * whole[3][:, :tokens]).sum().backward()
-        mine = slice(rank * length, min((rank + 1) * length, tokens))
-        own = [x[:, rank * length : (rank + 1) * length].clone().requires_grad_() for x in whole[:3]]
-        got = attend(*own, None if plant == "pads" else tokens)
-        count = max(0, mine.stop - mine.start)
-        (got[:, :count] * whole[3][:, mine.start : mine.start + count]).sum().backward()
-        differences = [0.0] * 4
-        if count:
-            pairs = zip((got, *(x.grad for x in own)), (expected, q.grad, k.grad, v.grad), strict=True)
-            differences = [difference(a[:, :count], b[:, mine]) for a, b in pairs]
-        answer[tokens] = tuple(differences)
-    return answer
+    length = -(-tokens // size)
+    *qkv, weight = (torch.randn(2, length * size, 4, 8, generator=generator) for _ in range(4))
+    real = [x[:, :tokens].clone().requires_grad_() for x in qkv]
+    expected = sdpa(*real)
+    (expected * weight[:, :tokens]).sum().backward()
+    own = [x[:, rank * length : (rank + 1) * length].clone().requires_grad_() for x in qkv]
+    got = attend(*own, None if plant == "pads" else tokens)
+    mine = slice(min(rank * length, tokens), min((rank + 1) * length, tokens))
+    count = mine.stop - mine.start
+    (got[:, :count] * weight[:, mine]).sum().backward()
+    pairs = zip((got, *(x.grad for x in own)), (expected, *(x.grad for x in real)), strict=True)
+    return max(difference(a[:, :count], b[:, mine]) for a, b in pairs) if count else 0.0
 
 
 class Checkpointed(nn.Module):

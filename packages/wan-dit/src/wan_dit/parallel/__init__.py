@@ -1,7 +1,7 @@
-"""One video over several processes: their number divides the time of a step, and with FSDP the memory of the weights.
+"""One video over several processes, which share the work of every step and, with FSDP, the weights.
 
-`Ulysses` and `Ring` split the tokens and guidance its two forwards, each within a dimension of one mesh; `shard` splits the
-weights over all of it. All of it is applied from outside; every process gives the same inputs and gets the same result.
+`Ulysses` and `Ring` split the tokens, `CfgParallel` the two forwards of guidance, each within a dimension of one mesh; `shard`
+splits the weights. All of it is applied from outside; every process gives the same inputs and gets the same result.
 
 Example, started by `torchrun --nproc-per-node 4`:
     >>> with init_parallel(ulysses=2, cfg_parallel=True) as mesh:

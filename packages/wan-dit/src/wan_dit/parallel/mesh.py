@@ -74,9 +74,11 @@ def parallelize(backbone: B, mesh: DeviceMesh, *, fsdp: bool = False) -> B:
 
     mesh: from `init_parallel`, or any whose dimensions of the names `ring` and `ulysses` are to split the tokens
     fsdp: also split the weights over all processes there are
-    Raises ValueError where the attention heads do not divide by the Ulysses degree.
+    Raises ValueError where the attention heads do not divide by the Ulysses degree, or where the backbone has no trunk.
     """
-    sequence_parallel(cast(nn.Module, backbone.trunk), ulysses=_group(mesh, "ulysses"), ring=_group(mesh, "ring"))
+    if not isinstance(trunk := getattr(backbone, "trunk", None), nn.Module):
+        raise ValueError(f"{type(backbone).__name__} has no `trunk` of blocks, around which its tokens could be split: use one process")
+    sequence_parallel(trunk, ulysses=_group(mesh, "ulysses"), ring=_group(mesh, "ring"))
     return shard(backbone, init_device_mesh(mesh.device_type, (dist.get_world_size(),))) if fsdp else backbone
 
 

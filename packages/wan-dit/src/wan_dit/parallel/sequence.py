@@ -6,6 +6,7 @@ Shape suffixes as in `model.py`: B batch, L tokens, D width, P rotary pairs, R t
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -42,15 +43,16 @@ def sequence_parallel(
 
     Raises ValueError where the heads do not divide by the Ulysses degree.
     """
-    groups = [group for group in (ulysses, ring) if group is not None and group.size() > 1]
-    if not groups:
+    ulysses, ring = (None if group is None or group.size() == 1 else group for group in (ulysses, ring))
+    if ulysses is None and ring is None:
         return
     blocks = [*cast(nn.ModuleList, trunk.blocks), *getattr(trunk, "vace_blocks", ())]
     if ulysses is not None:
         check_heads(blocks[0].self_attn.num_heads, ulysses.size())
-    split = _Split(trunk, groups)
+    split = _Split(trunk, [group for group in (ulysses, ring) if group is not None])
     for block in blocks:
-        block.self_attn.attend = split.attention(block.self_attn.attend, ulysses, ring, kernel)
+        attend = block.self_attn.attend if ring is None else Ring(ring, kernel)
+        block.self_attn.attend = split.attention(attend if ulysses is None else Ulysses(ulysses, attend))
     trunk.register_forward_pre_hook(split.before, with_kwargs=True)
     trunk.register_forward_hook(split.after)
 
@@ -74,12 +76,7 @@ class _Split:
         for group in groups:
             self.rank, self.size = self.rank + self.size * group.rank(), self.size * group.size()
 
-    def attention(
-        self, attend: Attention, ulysses: dist.ProcessGroup | None, ring: dist.ProcessGroup | None, kernel: LseAttention | None
-    ) -> Attention:
-        around: Ring | None = Ring(ring, kernel) if ring is not None and ring.size() > 1 else None
-        parallel = Ulysses(ulysses, around or attend) if ulysses is not None and ulysses.size() > 1 else around
-        assert parallel is not None
+    def attention(self, parallel: Callable[..., Tensor]) -> Attention:
         return lambda q_BLNH, k_BLNH, v_BLNH: parallel(q_BLNH, k_BLNH, v_BLNH, self.tokens)
 
     def before(self, trunk: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
