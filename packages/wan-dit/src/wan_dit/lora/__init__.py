@@ -17,25 +17,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .apply import AppliedLoras as AppliedLoras
-    from .apply import apply as apply
-    from .export import export as export
+    from .applied import AppliedLoras as AppliedLoras
+    from .applied import apply as apply
     from .ledger import Ledger as Ledger
-    from .match import match as match
+    from .matching import match as match
     from .read import Lora as Lora
     from .read import load_lora as load_lora
     from .reference import LoraSpec as LoraSpec
     from .reference import parse_lora as parse_lora
+    from .write import export as export
 
 _EXPORTS = {
-    "AppliedLoras": "wan_dit.lora.apply",
+    "AppliedLoras": "wan_dit.lora.applied",
     "Ledger": "wan_dit.lora.ledger",
     "Lora": "wan_dit.lora.read",
     "LoraSpec": "wan_dit.lora.reference",
-    "apply": "wan_dit.lora.apply",
-    "export": "wan_dit.lora.export",
+    "apply": "wan_dit.lora.applied",
+    "export": "wan_dit.lora.write",
     "load_lora": "wan_dit.lora.read",
-    "match": "wan_dit.lora.match",
+    "match": "wan_dit.lora.matching",
     "parse_lora": "wan_dit.lora.reference",
 }
 __all__ = list(_EXPORTS)

@@ -94,7 +94,7 @@ def _matrix(kind: Kind, parts: Parts) -> Tensor:
 def _kronecker_factors(parts: Parts) -> tuple[Tensor, Tensor]:
     first = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
     second = parts["lokr_w2"] if "lokr_w2" in parts else _factor(parts, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-    return first, second.flatten(1)
+    return first, second.flatten(1).contiguous()  # torch.kron takes no other
 
 
 def _factor(parts: Parts, a: str, b: str, core: str) -> Tensor:

@@ -55,7 +55,11 @@ class Ledger:
 
     def summary(self) -> str:
         """One line a file: how many keys were applied, and the first of all others."""
-        return "\n".join(self._line(lora) for lora in dict.fromkeys(entry.lora for entry in self.entries))
+        return "\n".join(self.lines())
+
+    def lines(self, *statuses: Status) -> list[str]:
+        """The lines of the summary; of the files with an entry of one of these statuses, where any are given."""
+        return [self._line(lora) for lora in dict.fromkeys(entry.lora for entry in (self.of(*statuses) if statuses else self.entries))]
 
     def _line(self, lora: str) -> str:
         entries = [entry for entry in self.entries if entry.lora == lora]

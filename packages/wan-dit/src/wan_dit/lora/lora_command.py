@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("peft", "comfy", "kohya")
 UNMATCHED = ("strict", "warn")
+TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 Command = Callable[..., argparse.ArgumentParser]
 
 
@@ -42,7 +43,7 @@ def add_commands(commands: Any, command: Command) -> None:
     merge.add_argument("loras", nargs="+", metavar="PATH[:STRENGTH[:high|low]]", help="LoRAs and their strengths")
     merge.add_argument("--model", metavar="PART", required=True, help="a backbone by name or path")
     merge.add_argument("--output", metavar="FOLDER", required=True, help="the folder to write")
-    merge.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="type of the weights (default: fp32)")
+    merge.add_argument("--dtype", choices=TYPES, default="fp32", help="type of the weights (default: fp32)")
     merge.add_argument("--on-unmatched", choices=UNMATCHED, default="strict", help="what keys that fit nothing are (default: an error)")
     _add_expert(merge)
 
@@ -54,7 +55,7 @@ def _add_expert(parser: argparse.ArgumentParser) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from .match import match
+    from .matching import match
     from .read import load_lora
 
     lora = load_lora(args.lora)
@@ -66,7 +67,7 @@ def _info(args: argparse.Namespace) -> None:
     else:
         keys = [{"key": entry.key, "status": entry.status, "tensor": "", "why": entry.why} for entry in lora.rejected]
     if args.json:
-        print(json.dumps({**record, "keys": keys}, indent=2, ensure_ascii=False))
+        print(json.dumps({**record, "ledger": keys}, indent=2, ensure_ascii=False))
         return
     width = max(map(len, record))
     for name, value in record.items():
@@ -78,7 +79,7 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _facts(lora: Lora) -> dict[str, Any]:
-    from .match import architecture
+    from .matching import architecture
 
     def counted(values: list[Any]) -> dict[str, int]:
         return {str(value): values.count(value) for value in dict.fromkeys(values)}
@@ -124,8 +125,8 @@ def _convert(args: argparse.Namespace) -> None:
     if output.exists() and not args.overwrite:
         raise ValueError(f"'{output}' exists: add --overwrite to replace it")
 
-    from .export import export
     from .read import load_lora
+    from .write import export
 
     lora = load_lora(args.lora)
     export(lora, args.to, output, expert=args.expert)
@@ -140,10 +141,12 @@ def _merge(args: argparse.Namespace) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"'{output}' exists: give a new or an empty folder")
 
-    from ..plugins import load_backbone
-    from .apply import apply
+    import torch
 
-    backbone = load_backbone(args.model, dtype=args.dtype)
+    from ..plugins import load_backbone
+    from .applied import apply
+
+    backbone = load_backbone(args.model, dtype=getattr(torch, TYPES[args.dtype]))
     applied = apply(backbone, specs, on_unmatched=args.on_unmatched, expert=args.expert)
     backbone.save_pretrained(output)
     print(applied.ledger.summary())

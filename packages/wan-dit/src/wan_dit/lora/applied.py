@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..layers import autocast_off
 from .delta import Delta, product
-from .ledger import Ledger
-from .match import Match, check_some, match, merged_ledger
+from .ledger import STATUSES, UNMATCHED, Ledger
+from .matching import Match, check_some, match, merged_ledger
 from .read import Lora, load_lora
 from .reference import EXPERTS, Expert, LoraSpec, parse_lora
 
@@ -179,11 +179,10 @@ def _spec(lora: LoraSpec | Lora | str | Path) -> LoraSpec:
 def _checked(matches: Sequence[Match], on_unmatched: OnUnmatched) -> Ledger:
     ledger = merged_ledger(matches)
     if ledger.unmatched and on_unmatched == "strict":
-        raise ValueError(
-            f"not every key of a LoRA fits the model, nothing was changed: {ledger.summary()}; on_unmatched='warn' takes the rest"
-        )
+        lines = "; ".join(ledger.lines(*UNMATCHED))
+        raise ValueError(f"not every key fits the model, nothing was changed: {lines}; on_unmatched='warn' takes the rest")
     if len(ledger.of("applied")) < len(ledger.entries) and on_unmatched == "warn":
-        warnings.warn(f"LoRA: {ledger.summary()}", stacklevel=3)
+        warnings.warn("; ".join(ledger.lines(*STATUSES[1:])), stacklevel=3)
     return ledger
 
 
