@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from ._shared.cli import Parser, add_common, run, show
 from .listing import describe, hooks, is_fault, plugin_rows, short
+from .lora import lora_command
 from .plugins import PART_KINDS, Offer, PluginManager, discover, find, plugin_manager
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("manifest", metavar="RUN.json", help="a .json file that generate wrote")
     _add_parts(replay, "those of the run", dtype="that of the run", device="that of the run")
 
+    lora_command.add_commands(commands, _command)
     _command(commands, "models", _models, "the installed models", listing=True)
     plugins = _command(commands, "plugins", _plugins, "every installed part of every kind", listing=True)
     plugins.add_argument("--check", action="store_true", help="import every target, find misspelt hooks; exit code 1 on a fault")
