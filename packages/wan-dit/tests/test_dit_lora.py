@@ -222,6 +222,24 @@ def test_live_loras_come_off_in_any_order(tmp_path: Path) -> None:
     assert torch.equal(velocity(made), velocity(model()))
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_compiled_blocks_notice_live_loras(wrapped: bool, tmp_path: Path) -> None:
+    lora = load_lora(written(every_kind(), tmp_path))
+    made, merged = model(), model()
+    apply(merged, [LoraSpec(lora, 0.3)])
+    for i, block in enumerate(made.trunk.blocks):
+        if wrapped:
+            made.trunk.blocks[i] = torch.compile(block, backend="eager", fullgraph=True)  # type: ignore[assignment]
+        else:
+            block.compile(backend="eager", fullgraph=True)
+    assert close(velocity(made), velocity(model()))
+    applied = apply(made, [LoraSpec(lora, 0.9)], mode="live")
+    applied.set_strength(0.3)
+    assert close(velocity(made), velocity(merged))
+    applied.remove()
+    assert close(velocity(made), velocity(model()))
+
+
 def test_merging_into_a_model_leaves_its_file_alone(tmp_path: Path) -> None:
     model().save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"

@@ -35,7 +35,7 @@ def test_info_says_what_a_file_holds(lora: Path, capsys: pytest.CaptureFixture[s
     assert {key: found[key] for key in expected} == expected
     assert found["kinds"] == {"diff of modulation": 1, "lora of weight": 1}
     assert found["dtype"] == {"float16": 1, "float32": 2}
-    assert "at least 6 blocks" in found["made_for"]
+    assert found["made_for"] == f"width {TINY.dim} and at least 6 blocks"
 
 
 def test_info_accounts_for_every_key_on_a_model_without_its_weights(
@@ -44,7 +44,7 @@ def test_info_accounts_for_every_key_on_a_model_without_its_weights(
     monkeypatch.setattr(WanDiT, "from_pretrained", None)
     assert main(["lora", "info", str(lora.with_name("odd.safetensors")), "--model", "tiny"]) == 0
     out = capsys.readouterr().out
-    assert "applied 4, no such module 1" in out
+    assert "applied (4), no such module (1)" in out
     assert "lora_unet_blocks_9_ffn_0.diff_b  no such module" in out
     assert main(["lora", "info", str(lora), "--model", "tiny", "--keys", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["ledger"]

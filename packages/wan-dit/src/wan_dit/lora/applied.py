@@ -3,11 +3,13 @@
 Live, the weight of a linear layer is never read or written: a forward hook adds the low-rank product, so that quantised layers
 work too. What is no such weight (norms, biases, modulation, patch embedding) is small, and is merged in either mode.
 
-Keys and values of a prompt are computed by `encode_context`: encode again after a change.
+Keys and values of a prompt are computed by `encode_context`: encode again after a change. What `torch.compile` made is compiled
+again when live LoRAs come or go, and once when a strength first changes.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -93,6 +95,7 @@ class AppliedLoras:
         self._check_removable("remove")
         for hook in self._hooks:
             hook.remove()
+        _compile_again(self._hooks)
         with torch.no_grad():
             for name, original in self._originals.items():
                 self._model.get_parameter(name).copy_(original)
@@ -111,6 +114,7 @@ class AppliedLoras:
                 self._hooks.append(layer.register_forward_hook(_LiveLinear(found)))
             else:
                 self._merged[name] = found
+        _compile_again(self._hooks)
         if self._removable:
             self._originals = {name: self._model.get_parameter(name).detach().clone() for name in self._merged}
         self._write()
@@ -191,9 +195,9 @@ def _check_writable(model: nn.Module, terms: dict[str, list[_Term]], mode: Mode)
         if mode == "live" and _linear(model, name):
             continue
         owner, _, leaf = name.rpartition(".")
-        weight = dict(model.get_submodule(owner).named_parameters(recurse=False)).get(leaf)
-        if weight is None or weight.dtype not in WRITABLE:
-            kind = "packed" if weight is None else str(weight.dtype)
+        weight = getattr(model.get_submodule(owner), leaf, None)
+        if not isinstance(weight, nn.Parameter) or weight.dtype not in WRITABLE:
+            kind = str(weight.dtype) if isinstance(weight, nn.Parameter) else "packed"
             raise ValueError(f"'{name}' is {kind}: a LoRA cannot be merged into it without loss, apply it with mode='live'")
         if weight.is_meta:
             raise ValueError(f"'{name}' is on the meta device and has no numbers: load the model first")
@@ -204,6 +208,12 @@ def _linear(model: nn.Module, name: str) -> nn.Module | None:
     owner, _, leaf = name.rpartition(".")
     layer = model.get_submodule(owner)
     return layer if leaf == "weight" and hasattr(layer, "in_features") else None
+
+
+def _compile_again(hooks: Sequence[Any]) -> None:
+    """Drop compiled code, where there is any: torch takes no notice of hooks that come or go afterwards."""
+    if hooks and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _checksum(weight: Tensor) -> int:

@@ -24,7 +24,8 @@ Command = Callable[..., argparse.ArgumentParser]
 def add_commands(commands: Any, command: Command) -> None:
     """Add `lora` to the subparsers of `wan-dit`; `command(commands, name, function, text, listing=)` makes one command."""
     text = "read, convert and merge LoRAs of any format"
-    group = commands.add_parser("lora", help=text, description=f"{text.capitalize()}.").add_subparsers(required=True, metavar="COMMAND")
+    parser = commands.add_parser("lora", help=text, description=f"{text[:1].upper()}{text[1:]}.")
+    group = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = command(group, "info", _info, "what a LoRA holds, and what becomes of every key on a model", listing=True)
     info.add_argument("lora", metavar="FILE", help="a LoRA, or hub:org/repo/file")
@@ -62,7 +63,7 @@ def _info(args: argparse.Namespace) -> None:
     found = match(_on_meta(args.model), lora, args.expert).ledger if args.model else None
     record = _facts(lora)
     if found:
-        record["on_model"] = {"model": args.model, **found.counts()}
+        record |= {"model": args.model, "keys_on_model": found.counts()}
         keys = [row for row in found.rows() if args.keys or row["status"] != "applied"]
     else:
         keys = [{"key": entry.key, "status": entry.status, "tensor": "", "why": entry.why} for entry in lora.rejected]
@@ -71,7 +72,7 @@ def _info(args: argparse.Namespace) -> None:
         return
     width = max(map(len, record))
     for name, value in record.items():
-        text = ", ".join(f"{key} {number}" for key, number in value.items()) if isinstance(value, dict) else value
+        text = ", ".join(f"{key} ({number})" for key, number in value.items()) if isinstance(value, dict) else value
         print(f"{name:{width}}  {text}")
     if keys:
         print()

@@ -15,6 +15,8 @@ from .read import Lora
 from .reference import Expert
 from .vocabulary import BLOCK, Vocabulary
 
+AS_WIDE = (*(f"attn.{layer}.weight" for layer in "qkvo"), "ffn.0.weight", "modulation")  # tensors whose last axis is the model's width
+
 
 @dataclass(frozen=True)
 class Match:
@@ -66,7 +68,7 @@ def architecture(lora: Lora) -> str:
     if not known:
         return f"no Wan at all (its layers are called {', '.join(dict.fromkeys(delta.module for delta in lora.deltas[:3]))})"
     blocks = {int(found[1]) for _, delta in known if (found := BLOCK.search(delta.module))}
-    width = next((shape[1] for own, delta in known if own.endswith("attn.q.weight") and (shape := _shape_made(delta))), None)
+    width = next((shape[-1] for own, delta in known if own.endswith(AS_WIDE) and len(shape := _shape_made(delta)) > 1), None)
     facts = [f"width {width}" if width else "", f"at least {max(blocks) + 1} blocks" if blocks else ""]
     return " and ".join(filter(None, facts)) or "a Wan whose width it does not tell"
 
@@ -102,11 +104,11 @@ def _branches(model: nn.Module) -> Vocabulary | None:
     return vocabulary.of_config(vocabulary.with_all_branches(config)) if isinstance(config, DiTConfig) else None
 
 
-def _shape_made(delta: Delta) -> tuple[int, ...] | None:
+def _shape_made(delta: Delta) -> tuple[int, ...]:
     try:
         return tuple(delta.matrix("meta").shape)
     except (RuntimeError, IndexError):
-        return None
+        return ()
 
 
 def _architecture_of(model: nn.Module) -> str:
