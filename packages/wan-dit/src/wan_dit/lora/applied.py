@@ -123,7 +123,7 @@ class AppliedLoras:
     def _write(self) -> None:
         for name, terms in self._merged.items():
             weight = self._model.get_parameter(name)
-            changed = self._originals.get(name, weight).to(torch.float32, copy=True)
+            changed = self._originals.get(name, weight).to(torch.promote_types(weight.dtype, torch.float32), copy=True)
             for term in terms:
                 if term.weight:
                     changed.add_(term.delta.matrix(weight.device).reshape(weight.shape), alpha=term.weight)
