@@ -229,7 +229,7 @@ def header(path: Path) -> Shapes:
     shapes: dict[str, Any] = {}
     for file in files:
         try:
-            with safe_open(file, "pt") as opened:
+            with safe_open(file, "np") as opened:  # as "pt" it reserves as much memory as the file is large
                 shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
         except OSError:
             raise
