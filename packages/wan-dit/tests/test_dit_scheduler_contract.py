@@ -9,16 +9,62 @@ import pytest
 import torch
 from torch import Tensor
 from wan_dit.contracts import Schedule, Scheduler
-from wan_dit.schedulers import DiffusersScheduler, Euler
-from wan_dit.testing import SchedulerContract
+from wan_dit.schedulers import LCM, DiffusersScheduler, DPMpp, Euler, Heun
+from wan_dit.testing import SchedulerContract, StepListContract
 
 
 class TestUniPC(SchedulerContract):
     plugin = "unipc"
+    order = 2
+
+
+class TestDPMpp(SchedulerContract):
+    plugin = "dpm++"
+    order = 2
+
+
+class TestHeun(SchedulerContract):
+    plugin = "heun"
+    order = 2
 
 
 class TestEuler(SchedulerContract):
     plugin = "euler"
+
+
+class TestLCM(StepListContract):
+    plugin = "lcm"
+    runs = ((1, 1.0), (2, 5.0), (7, 3.0), (16, 12.0))
+
+
+class TestLightX2V(StepListContract):
+    plugin = "lightx2v-4step"
+    runs = ((4, 5.0),)
+
+
+class TestSelfForcing(StepListContract):
+    plugin = "self-forcing-4step"
+    runs = ((4, 5.0),)
+
+
+class TestSelfForcingA14B(StepListContract):
+    plugin = "self-forcing-8step"
+    runs = ((8, 12.0),)
+
+
+class TestFastWan(StepListContract):
+    plugin = "fastwan-3step"
+    runs = ((3, 8.0),)
+
+
+class TestRCM(StepListContract):
+    plugin = "rcm-4step"
+    runs = ((1, 5.0), (2, 5.0), (4, 5.0))
+
+
+class TestRCMImageToVideo(StepListContract):
+    plugin = "rcm-i2v-4step"
+    runs = ((3, 5.0), (4, 5.0))
 
 
 class TestImported(SchedulerContract):
@@ -117,9 +163,45 @@ class Unsaveable(Euler):
         return {**super().start(schedule), "schedule": schedule}
 
 
+class FarMidpoint(DPMpp):
+    """The difference of the last two data predictions with the wrong sign."""
+
+    def step(self, state: dict[str, Any], velocity: Tensor, sample: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        data = sample - state["sigmas"][state["i"]] * velocity
+        if "data" in state:
+            state["data"] = 2 * data - state["data"]
+        return super().step(state, velocity, sample)
+
+
+class Uncorrected(Heun):
+    def step(self, state: dict[str, Any], velocity: Tensor, sample: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        if state["i"] % 2:
+            velocity = state["velocity"]
+        return super().step(state, velocity, sample)
+
+
+class NoisyEnd(LCM):
+    """Mixes noise in at the last step too."""
+
+    def step(self, state: dict[str, Any], velocity: Tensor, sample: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return super().step(state, velocity, sample, generator) + 1e-3 * torch.randn(sample.shape, generator=generator)
+
+
+@pytest.mark.parametrize(("wrong", "order"), [(FarMidpoint, 2), (Uncorrected, 2), (Euler, 2), (HalfWay, 1)])
+def test_a_solver_of_a_lower_order_fails(wrong: type[Any], order: int) -> None:
+    class Contract(SchedulerContract):
+        def make(self) -> Scheduler:
+            return wrong()
+
+    Contract.order = order
+    with pytest.raises(AssertionError, match=f"not of order {order}"):
+        Contract().test_the_error_falls_with_the_order()
+
+
 @pytest.mark.parametrize(
     ("wrong", "test"),
     [
+        (NoisyEnd, "the_data_a_model_is_sure_of_is_reached"),
         (Rising, "sigmas_fall_from_noise_to_zero"),
         (Unfinished, "sigmas_fall_from_noise_to_zero"),
         (DoublePrecision, "sigmas_fall_from_noise_to_zero"),
@@ -134,7 +216,7 @@ class Unsaveable(Euler):
         (Unsaveable, "a_saved_state_resumes_to_the_same_bits"),
     ],
 )
-def test_a_wrong_scheduler_fails(wrong: type[Euler], test: str) -> None:
+def test_a_wrong_scheduler_fails(wrong: type[Any], test: str) -> None:
     class Contract(SchedulerContract):
         def make(self) -> Scheduler:
             return wrong()

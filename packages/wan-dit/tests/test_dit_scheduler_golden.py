@@ -1,4 +1,4 @@
-"""Schedules and trajectories of the official samplers (case `schedulers`)."""
+"""Schedules and trajectories of the official samplers (case `schedulers`), and `get_sampling_sigmas` (case `sizes`)."""
 
 from __future__ import annotations
 
@@ -7,43 +7,51 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from wan_dit.schedulers import Euler, UniPC
+from torch import Tensor
+from wan_dit.schedulers import DPMpp, Euler, UniPC
+from wan_dit.schedulers.schedule import linear_sigmas, shift_sigmas
 
 FOLDER = Path(os.environ.get("WAN_GOLDEN") or Path(__file__).parent / "golden")
 CASE = json.loads((FOLDER / "schedulers.json").read_text())
+SIZES = json.loads((FOLDER / "sizes.json").read_text())
 TENSORS = load_file(FOLDER / "schedulers.safetensors")
+SOLVERS = {"unipc": UniPC, "dpmpp": DPMpp}
 
 pytestmark = pytest.mark.golden
 
 
-def runs(solver: str) -> list[Any]:
-    return [pytest.param(run, id=run["name"]) for run in CASE["runs"] if run["solver"] == solver]
+def runs(*solvers: str) -> list[Any]:
+    return [pytest.param(run, id=run["name"]) for run in CASE["runs"] if run["solver"] in solvers]
 
 
-@pytest.mark.parametrize("run", runs("unipc"))
-def test_unipc_follows_the_official_trajectory(run: dict[str, Any]) -> None:
-    expected = {name: TENSORS[f"outputs/{run['name']}/{name}"] for name in ("sigmas", "timesteps", "trajectory")}
-    unipc, tolerance = UniPC(), CASE["tolerance"]
-    schedule = unipc.schedule(run["steps"], run["shift"])
-    torch.testing.assert_close(schedule.sigmas, expected["sigmas"], rtol=0, atol=tolerance["sigmas_atol"])
-    assert torch.equal(schedule.timesteps, expected["timesteps"])
-    assert str(schedule.timesteps.dtype) == f"torch.{run['timestep_dtype']}"
-    assert str(schedule.sigmas.dtype) == f"torch.{run['sigma_dtype']}"
-    state, samples = unipc.start(schedule), [TENSORS["inputs/x"]]
+def trajectory(run: dict[str, Any]) -> Tensor:
+    """`[N + 1, ...]` on the flow that the case's `convention` defines."""
+    solver = SOLVERS[run["solver"]]()
+    schedule = solver.schedule(run["steps"], run["shift"])
+    state, samples = solver.start(schedule), [TENSORS["inputs/x"]]
     for t in schedule.timesteps:
         x = samples[-1]
-        samples.append(unipc.step(state, torch.sin(3 * x) * (0.5 + t / 1000) + 0.1 * x, x))  # the case's `convention`
-    limits = {"rtol": tolerance["trajectory_rtol"], "atol": tolerance["trajectory_atol"]}
-    torch.testing.assert_close(torch.stack(samples), expected["trajectory"], **limits)
+        samples.append(solver.step(state, torch.sin(3 * x) * (0.5 + t / 1000) + 0.1 * x, x))
+    return torch.stack(samples)
 
 
-def test_unipc_sigmas_are_the_official_ones_to_the_bit() -> None:
-    for run in CASE["runs"]:
-        if run["solver"] == "unipc":
-            assert torch.equal(UniPC().schedule(run["steps"], run["shift"]).sigmas, TENSORS[f"outputs/{run['name']}/sigmas"])
+@pytest.mark.parametrize("run", runs("unipc", "dpmpp"))
+def test_sigmas_and_timesteps_are_the_official_ones_to_the_bit(run: dict[str, Any]) -> None:
+    schedule = SOLVERS[run["solver"]]().schedule(run["steps"], run["shift"])
+    for name in ("sigmas", "timesteps"):
+        assert torch.equal(getattr(schedule, name), TENSORS[f"outputs/{run['name']}/{name}"])
+    assert str(schedule.timesteps.dtype) == f"torch.{run['timestep_dtype']}"
+    assert str(schedule.sigmas.dtype) == f"torch.{run['sigma_dtype']}"
+
+
+@pytest.mark.parametrize("run", runs("unipc", "dpmpp"))
+def test_trajectories_are_the_official_ones(run: dict[str, Any]) -> None:
+    expected, tolerance = TENSORS[f"outputs/{run['name']}/trajectory"], CASE["tolerance"]
+    torch.testing.assert_close(trajectory(run), expected, rtol=tolerance["trajectory_rtol"], atol=tolerance["trajectory_atol"])
 
 
 @pytest.mark.parametrize("run", runs("dpmpp"))
@@ -54,3 +62,9 @@ def test_euler_runs_on_the_official_sampling_sigmas(run: dict[str, Any]) -> None
     truncated = schedule.timesteps - TENSORS[f"outputs/{run['name']}/timesteps"]
     assert truncated.min() > -1e-3
     assert truncated.max() < 1 + 1e-3
+
+
+@pytest.mark.parametrize("case", SIZES["get_sampling_sigmas"], ids=lambda case: f"{case['steps']}_{case['shift']:g}")
+def test_sampling_sigmas_are_the_official_ones(case: dict[str, Any]) -> None:
+    got = shift_sigmas(linear_sigmas(case["steps"]), case["shift"])
+    assert np.abs(got - np.array(case["sigmas"])).max() <= SIZES["tolerance"]["sigmas_atol"]

@@ -67,10 +67,12 @@ class Schedule:
 
     sigmas: float32 `[E + 1]`, descending to 0
     timesteps: `[E]`, 1000 * sigma, truncated to integers where the official solver truncates
+    noise_scale: what the pipeline multiplies the first noise by; not 1 only where a model was trained to start from scaled noise
     """
 
     sigmas: Tensor
     timesteps: Tensor
+    noise_scale: float = 1.0
 
 
 class VAE(Protocol):
@@ -113,7 +115,10 @@ class Backbone(Protocol):
 
 
 class Scheduler(Protocol):
-    """A sampler without state: one object serves many requests, and a saved state resumes to the same bits."""
+    """A sampler without state: one object serves many requests, and a saved state resumes to the same bits.
+
+    One that is made for certain settings says so in attributes `steps` and `shift`, which a run that gives none takes.
+    """
 
     def schedule(self, steps: int, shift: float) -> Schedule:
         """The grid of a run; the pipeline owns `shift` and hands it over once."""

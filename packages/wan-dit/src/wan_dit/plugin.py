@@ -81,9 +81,19 @@ def wan_backbones() -> list[BackboneSpec]:
 
 @hookimpl
 def wan_schedulers() -> list[SchedulerSpec]:
+    own = "wan_dit.schedulers"
     return [
-        SchedulerSpec("unipc", "wan_dit.schedulers.unipc:UniPC", summary="multistep, order 2: the official default"),
-        SchedulerSpec("euler", "wan_dit.schedulers.euler:Euler", summary="first order, float timesteps"),
+        SchedulerSpec("unipc", f"{own}.unipc:UniPC", summary="multistep, order 2: the official default"),
+        SchedulerSpec("dpm++", f"{own}.dpm:DPMpp", summary="DPM-Solver++ 2M, multistep, order 2: the other official one"),
+        SchedulerSpec("euler", f"{own}.euler:Euler", summary="first order, float timesteps"),
+        SchedulerSpec("heun", f"{own}.heun:Heun", summary="order 2, 2 * steps - 1 evaluations"),
+        SchedulerSpec("lcm", f"{own}.lcm:LCM", summary="fresh noise at every step, for consistency and DMD models"),
+        SchedulerSpec("lightx2v-4step", f"{own}.step_list:lightx2v_4step", summary="LightX2V's distilled models, shift 5"),
+        SchedulerSpec("self-forcing-4step", f"{own}.step_list:self_forcing_4step", summary="Self-Forcing 1.3B, shift 5, fresh noise"),
+        SchedulerSpec("self-forcing-8step", f"{own}.step_list:self_forcing_8step", summary="Self-Forcing A14B, shift 12, fresh noise"),
+        SchedulerSpec("fastwan-3step", f"{own}.step_list:fastwan_3step", summary="FastWan, fresh noise"),
+        SchedulerSpec("rcm-4step", f"{own}.trigflow:TrigFlow", summary="rCM and TurboDiffusion, 1 to 4 steps, fresh noise"),
+        SchedulerSpec("rcm-i2v-4step", f"{own}.trigflow:rcm_i2v_4step", summary="the same, image to video"),
     ]
 
 

@@ -8,18 +8,21 @@ import torch
 from torch import Tensor
 
 from ..contracts import Schedule
-from .schedule import linear_sigmas, make_schedule, next_index, shift_sigmas, start_state
+from .schedule import SigmaGrid, make_schedule, next_index, shift_sigmas, sigma_grid, start_state
 
 
 class Euler:
-    """First order, one evaluation a step, on the shifted grid from 1 to 0 with float timesteps.
+    """First order, one evaluation a step, float timesteps.
 
-    The sigmas are those of the official `get_sampling_sigmas`.
+    grid: `"linear"` (the sigmas of the official `get_sampling_sigmas`), `"training"` or a function, see `sigma_grid`
     """
+
+    def __init__(self, grid: SigmaGrid = "linear") -> None:
+        self._grid = sigma_grid(grid)
 
     def schedule(self, steps: int, shift: float) -> Schedule:
         """sigmas `[steps + 1]` and float32 timesteps `[steps]`; ValueError for steps < 1 or shift <= 0."""
-        return make_schedule(shift_sigmas(linear_sigmas(steps), shift))
+        return make_schedule(shift_sigmas(self._grid(steps), shift))
 
     def start(self, schedule: Schedule) -> dict[str, Any]:
         """`{"i", "sigmas"}`; any schedule that falls to 0 will do."""

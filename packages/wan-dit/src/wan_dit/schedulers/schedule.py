@@ -7,15 +7,18 @@ truncated timesteps repeat at a high shift.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from ..contracts import Schedule
 
 Grid = npt.NDArray[np.float64]
+SigmaGrid = str | Callable[[int], Grid]
 
 TRAIN_TIMESTEPS = 1000
 # sigma of the first of 1000 training steps, 1 - 1/1000, through float32 as the official UniPC stores it
@@ -30,6 +33,16 @@ def linear_sigmas(steps: int) -> Grid:
 def training_sigmas(steps: int) -> Grid:
     """`steps` unshifted sigmas from SIGMA_MAX towards 0: the grid of the official UniPC, which never reaches 1."""
     return _evenly(SIGMA_MAX, steps)
+
+
+GRIDS: dict[str, Callable[[int], Grid]] = {"linear": linear_sigmas, "training": training_sigmas}
+
+
+def sigma_grid(grid: SigmaGrid) -> Callable[[int], Grid]:
+    """The unshifted grid of a name, `"linear"` (from 1) or `"training"` (from SIGMA_MAX), or a function `steps -> sigmas` as given."""
+    if isinstance(grid, str) and grid not in GRIDS:
+        raise ValueError(f"no sigma grid is called {grid!r}; there are {', '.join(GRIDS)}, and functions from steps to sigmas")
+    return GRIDS[grid] if isinstance(grid, str) else grid
 
 
 def shift_sigmas(sigmas: Grid, shift: float) -> Grid:
@@ -67,6 +80,11 @@ def next_index(state: dict[str, Any]) -> int:
     if not 0 <= i < evaluations:
         raise ValueError(f"step {i} of a run of {evaluations} evaluations: the run is over; start a new state")
     return int(i)
+
+
+def half_log_snr(sigma: Tensor) -> Tensor:
+    """log((1 - sigma) / sigma), the time in which exponential integrators step; -inf at 1, inf at 0."""
+    return torch.log(1 - sigma) - torch.log(sigma)
 
 
 def _evenly(first: float, steps: int) -> Grid:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Schedule
-from .schedule import make_schedule, next_index, shift_sigmas, start_state, training_sigmas
+from .schedule import SigmaGrid, half_log_snr, make_schedule, next_index, shift_sigmas, sigma_grid, start_state
 
 ORDER = 2
 
@@ -24,11 +24,16 @@ class UniPC:
 
     Every sample but the first is corrected with the velocity found there before the next is predicted. The first and
     the last prediction are of order 1. Timesteps are truncated to integers.
+
+    grid: `"training"`, or a function (see `sigma_grid`) whose sigmas stay below 1
     """
+
+    def __init__(self, grid: SigmaGrid = "training") -> None:
+        self._grid = sigma_grid(grid)
 
     def schedule(self, steps: int, shift: float) -> Schedule:
         """sigmas `[steps + 1]` and int64 timesteps `[steps]`; ValueError for steps < 1 or shift <= 0."""
-        return make_schedule(shift_sigmas(training_sigmas(steps), shift), truncate=True)
+        return make_schedule(shift_sigmas(self._grid(steps), shift), truncate=True)
 
     def start(self, schedule: Schedule) -> dict[str, Any]:
         """`{"i", "sigmas"}`; `step` adds `data` (the last predicted data), `older_data` and `sample` (the last corrected one).
@@ -38,7 +43,7 @@ class UniPC:
         state = start_state(schedule)
         sigmas = state["sigmas"]
         if sigmas[0] >= 1 or not bool((sigmas[:-1] > sigmas[1:]).all()):
-            raise ValueError(f"UniPC needs strictly falling sigmas below 1, got {sigmas[:3].tolist()} ...; use its own `schedule`")
+            raise ValueError(f"UniPC needs strictly falling sigmas below 1, got {sigmas[:3].tolist()} ...; use the grid 'training'")
         return state
 
     def step(self, state: dict[str, Any], velocity: Tensor, sample: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -77,7 +82,7 @@ def _order(state: dict[str, Any], i: int) -> int:
 def _first_order(state: dict[str, Any], i: int) -> tuple[Tensor, Tensor, Tensor]:
     """The order 1 step from the state's sample, the factor of its correction terms, and h, the step in log-SNR / 2."""
     start, end = state["sigmas"][i], state["sigmas"][i + 1]
-    h = _half_log_snr(end) - _half_log_snr(start)
+    h = half_log_snr(end) - half_log_snr(start)
     gain = (1 - end) * torch.expm1(-h)
     return end / start * state["sample"] - gain * state["data"], gain, h
 
@@ -89,8 +94,8 @@ def _curvature(state: dict[str, Any], i: int) -> Tensor:
 
 def _ratio(sigmas: Tensor, i: int) -> Tensor:
     """r_1: the step before step i over step i in half log-SNR; negative."""
-    here = _half_log_snr(sigmas[i])
-    return (_half_log_snr(sigmas[i - 1]) - here) / (_half_log_snr(sigmas[i + 1]) - here)
+    here = half_log_snr(sigmas[i])
+    return (half_log_snr(sigmas[i - 1]) - here) / (half_log_snr(sigmas[i + 1]) - here)
 
 
 def _corrector_weights(h: Tensor, ratio: Tensor) -> Tensor:
@@ -100,7 +105,3 @@ def _corrector_weights(h: Tensor, ratio: Tensor) -> Tensor:
     phi_3 = phi_2 / -h - 0.5
     nodes = torch.stack([ratio, torch.ones_like(ratio)])
     return torch.linalg.solve(torch.stack([torch.ones_like(nodes), nodes]), torch.stack([phi_2 / phi_1, phi_3 * 2 / phi_1]))
-
-
-def _half_log_snr(sigma: Tensor) -> Tensor:
-    return torch.log(1 - sigma) - torch.log(sigma)
