@@ -126,7 +126,7 @@ def test_what_shapes_leave_open_is_asked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--preset NAME\): wan2.1-i2v-14b-480p, wan2.1-i2v-14b-720p$"):
         opened(root)
     assert opened(root, "wan2.1-i2v-14b-720p").model.name == "wan2.1-i2v-14b-720p"
-    with pytest.raises(ValueError, match="'wan2.2-i2v-a14b' has two experts"):
+    with pytest.raises(ValueError, match=r"'wan2.2-i2v-a14b' has two experts"):
         opened(root, "wan2.2-i2v-a14b")
     with pytest.raises(ValueError, match=r"several models have the shapes of .*: wan2.1-t2v-14b, wan2.1-t2i-14b$"):
         opened(release(tmp_path / "other", T2V_14B))
@@ -188,5 +188,5 @@ def test_several_models_in_a_comfy_tree_are_listed(tmp_path: Path) -> None:
         opened(tmp_path)
     assert opened(i2v).model.name == "wan2.1-i2v-14b-480p"
     assert opened(tmp_path, "wan2.1-t2v-1.3b").parts["backbone"] == str(t2v)
-    with pytest.raises(ValueError, match="no Wan backbone that fits wan2.1-vace-14b"):
+    with pytest.raises(ValueError, match=r"no Wan backbone that fits wan2.1-vace-14b"):
         opened(tmp_path, "wan2.1-vace-14b")

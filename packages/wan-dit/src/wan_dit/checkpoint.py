@@ -1,8 +1,9 @@
 """Reads the transformer in every layout that it is published in (`layouts`): whatever the container, packed or not.
 
 Read: our folders, official folders (sharded or not), diffusers folders, single files in official or diffusers names with or
-without a prefix, fp8 with and without scales, and GGUF. The configuration is that of `config.json` where there is one; what
-that does not tell, and all of it where there is none, comes from the names and shapes of the tensors.
+without a prefix, fp8 with and without scales, and GGUF; `BASE+MODULE` adds a file of VACE blocks alone. The configuration is
+that of `config.json` where there is one; what that does not tell, and all of it where there is none, comes from the names
+and shapes of the tensors.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from ._shared.files import read_json
+from ._shared.files import joined, read_json
 from ._shared.gguf_file import read_gguf
 from ._shared.packed import PackedState, join_scales
 from ._shared.spec import UNKNOWN
-from ._shared.weights import locate, read_config, read_state, rename, strip_prefix
+from ._shared.weights import locate, read_config, read_state, refuse_pointer, rename, strip_prefix
 from .conditions import CAMERA_DOWNSCALE
 from .config import DiTConfig
 from .layouts import (
@@ -39,6 +40,7 @@ from .layouts import (
 )
 from .plugins import BackboneSpec
 
+V = TypeVar("V")
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape | None]  # None where only the name is known
 
@@ -68,6 +70,9 @@ def read_checkpoint(path: Path) -> tuple[DiTConfig, PackedState]:
 
 def read_tensors(path: Path) -> PackedState:
     """All tensors of a file or folder, without prefix, in the names they have there; scales are joined with their weights."""
+    if len(paths := joined(path)) > 1:
+        states = [read_tensors(part) for part in paths]
+        return _merged(states, path)
     if path.suffix != ".gguf":
         return join_scales(strip_prefix(read_state(path), PREFIXES), path)
     found = read_gguf(path)
@@ -80,6 +85,16 @@ def read_tensors(path: Path) -> PackedState:
     return state
 
 
+def _merged(parts: list[dict[str, V]], path: Path) -> dict[str, V]:
+    """The tensors of several files; ValueError where one is in two of them."""
+    found: dict[str, V] = {}
+    for part in parts:
+        if twice := found.keys() & part.keys():
+            raise ValueError(f"'{path}': tensor '{min(twice)}' is in several of these files: they are not a model and a module for it")
+        found |= part
+    return found
+
+
 def describe(path: str | os.PathLike[str]) -> BackboneSpec:
     """The facts of a checkpoint from its `config.json`, or from the header of its file; reads no weights."""
     return config_of(weights_folder(locate(path, CONFIG_FILES)), None).spec(str(path), weights=str(path))
@@ -90,6 +105,10 @@ def config_of(path: Path, shapes: Mapping[str, Shape] | None) -> DiTConfig:
 
     shapes: tensors of the checkpoint, without prefix; None reads them from its header or index where they are needed.
     """
+    if len(parts := joined(path)) > 1:
+        added = _branches(shapes if shapes is not None else header(path), {})
+        vace = {name: value for name, value in added.items() if name in ("vace_layers", "vace_in_dim")}
+        return DiTConfig(**{**config_of(parts[0], None).model_dump(), **vace})
     written = read_config(path) or {}
     kind = written.get("format") or written.get("_class_name")
     try:
@@ -205,13 +224,15 @@ def layout_of(keys: Mapping[str, Any], path: Path) -> Layout:
     if "condition_embedder.time_proj.weight" in keys:
         return "diffusers"
     if any(key.startswith("vace_") for key in keys):
-        raise ValueError(f"'{path}' holds VACE blocks alone: they are added to a text-to-video model, given with them")
+        raise ValueError(f"'{path}' holds VACE blocks alone: they are read with the text-to-video model they are added to, as MODEL+{path}")
     first = ", ".join(sorted(keys)[:3])
     raise ValueError(f"'{path}' is no Wan backbone: neither official nor diffusers names in it (it starts with {first})")
 
 
 def weights_folder(path: Path) -> Path:
     """The folder of the transformer in a whole diffusers pipeline; an error that says which where there are two experts."""
+    if len(parts := joined(path)) > 1:
+        return Path("+".join(str(weights_folder(part)) for part in parts))
     if (path / "high_noise_model").is_dir():
         raise ValueError(f"'{path}' holds two experts: give '{path / 'high_noise_model'}' or '{path / 'low_noise_model'}'")
     return path / "transformer" if (path / "model_index.json").exists() else path
@@ -219,6 +240,8 @@ def weights_folder(path: Path) -> Path:
 
 def header(path: Path) -> Shapes:
     """Shapes of all tensors of a file or folder, without prefix; safetensors are read by their headers, or their index alone."""
+    if len(parts := joined(path)) > 1:
+        return _merged([dict(header(part)) for part in parts], path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files and path.is_dir() and (index := next(path.glob(INDEX), None)):
         return dict[str, Any](strip_prefix(dict.fromkeys(read_json(index)["weight_map"]), PREFIXES))  # type: ignore[arg-type]
@@ -228,6 +251,7 @@ def header(path: Path) -> Shapes:
         return {key: tuple(value.shape) for key, value in read_tensors(path).items()}
     shapes: dict[str, Any] = {}
     for file in files:
+        refuse_pointer(file)
         try:
             with safe_open(file, "np") as opened:  # as "pt" it reserves as much memory as the file is large
                 shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 (not a mapping)

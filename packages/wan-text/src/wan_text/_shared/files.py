@@ -35,6 +35,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+def joined(path: Path) -> list[Path]:
+    """The paths in `BASE+MODULE`, tensors of one model in several files; one path where it exists as it is."""
+    return [path] if path.exists() else [Path(part) for part in str(path).split("+")]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError names the file where there is none."""
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pluggy
 
-from .files import read_json
+from .files import joined, read_json
 from .spec import ModelSpec, Spec
 
 FIRST_PARTY = ("wan-vae", "wan-text", "wan-dit", "wan-train")
@@ -122,7 +122,7 @@ def resolve(kind: str, ref: str, pm: pluggy.PluginManager, *, typed: bool = True
     broken = {**getattr(pm, "broken", {}), **{offer.dist: offer.error for offer in offers if offer.error}}
     if (owner := _normalise(ref.partition(":")[0])) in broken:
         raise LookupError(_failure(owner, broken[owner])) from broken[owner]
-    if typed and ref and Path(ref).exists():
+    if typed and ref and all(path.exists() for path in joined(Path(ref))):
         return _at(kind, ref, Path(ref), found)
     if typed and re.fullmatch(r"(hub:)?[\w.-]+/[\w.-]+(@[\w.-]+)?(/[\w./-]+)?", ref) and ref[0] != ".":
         from .weights import locate
@@ -141,6 +141,7 @@ def resolve(kind: str, ref: str, pm: pluggy.PluginManager, *, typed: bool = True
 
 def _at(kind: str, ref: str, path: Path, found: list[Offer]) -> Any:
     """The spec for the checkpoint at `path`: of the part that reads its format, else of the first that reads any."""
+    path = joined(path)[0]
     config = path / "config.json" if path.is_dir() else path.with_name("config.json")
     written = read_json(config).get("format") if config.exists() else None
     readers = [offer.spec for offer in found if getattr(offer.spec, "format", None)]

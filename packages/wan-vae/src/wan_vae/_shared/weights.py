@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
@@ -19,7 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import read_json
+from .files import joined, read_json
+from .hub import download
+from .hub import revision_of as revision_of
+from .mapped import read_mapped
 
 State = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
@@ -28,12 +32,14 @@ CHECKSUMS = "sha256"  # field of our config.json: file name to sha256
 VERIFIED = 1 << 30  # bytes up to which a file is checked when it is opened
 PIECE = 1 << 24  # numbers that are hashed at a time
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+POINTER = b"version https://git-lfs"
 
 
 def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None, fallback: Sequence[str] = ()) -> Path:
     """The local file or folder of `pkg:package/path`, `hub:org/repo[@revision][/path]`, a path, or `org/repo` on the Hub.
 
-    patterns: of a Hub repository fetch only the files that match one, such as `tokenizer/*`
+    Of `BASE+MODULE` both paths have to exist.
+    patterns: of a Hub repository, or of a folder in it, fetch only the files that match one, such as `tokenizer/*`
     fallback: patterns to fetch where no weights match those
     """
     text = str(source)
@@ -41,28 +47,14 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None
         package, _, inner = text.removeprefix("pkg:").partition("/")
         path = Path(str(files(package))) / inner
     elif text.startswith("hub:") or (not Path(text).exists() and text.count("/") == 1 and text[0] not in "./~"):
-        folder = _download(text.removeprefix("hub:"), patterns)
-        return _download(text.removeprefix("hub:"), fallback) if fallback and not _has_weights(folder, patterns or ["*"]) else folder
+        path = download(text.removeprefix("hub:"), patterns)
+        if fallback and not _has_weights(path, patterns or ["*"]):
+            path = download(text.removeprefix("hub:"), fallback)
     else:
         path = Path(text)
-    if not path.exists():
+    if not all(part.exists() for part in joined(path)):
         raise FileNotFoundError(f"no checkpoint at '{source}': give a file, a folder or a Hub id 'org/repo'")
     return path
-
-
-def _download(text: str, patterns: Sequence[str] | None) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    org, name, *inner = text.split("/", 2)
-    name, _, revision = name.partition("@")
-    try:
-        if inner:
-            return Path(hf_hub_download(f"{org}/{name}", inner[0], revision=revision or None))
-        return Path(snapshot_download(f"{org}/{name}", revision=revision or None, allow_patterns=list(patterns) if patterns else None))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"cannot fetch '{text}' from the Hub, and it is not in the cache: {reason}") from error
 
 
 def _has_weights(path: Path, patterns: Sequence[str]) -> bool:
@@ -100,7 +92,7 @@ def read_state(path: Path) -> State:
         if not shards:
             raise FileNotFoundError(f"no .safetensors or {'/'.join(PICKLES)} file in '{path}'")
         if index := next(path.glob("*.safetensors.index.json"), None):
-            shards = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+            shards = _indexed(index)
         found: State = {}
         for shard in shards:
             state = read_state(shard)
@@ -108,6 +100,7 @@ def read_state(path: Path) -> State:
                 raise ValueError(f"'{path}': tensor '{min(twice)}' is in several files: give the one to read")
             found |= state
         return found
+    refuse_pointer(path)
     _check_content(path)
     try:
         if path.suffix in PICKLES:
@@ -115,12 +108,45 @@ def read_state(path: Path) -> State:
             for wrapper in ("state_dict", "model_state", "model"):
                 state = state[wrapper] if isinstance(state.get(wrapper), Mapping) else state
             return dict(state)
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        return _read_safetensors(path)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:
         raise ValueError(f"'{path}' is not a readable checkpoint: {type(error).__name__}: {error}") from error
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index lists; FileNotFoundError where one is not there."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise ValueError(f"'{index}' lists no tensors: it has no weight_map")
+    shards = [index.with_name(name) for name in sorted(set(listed.values()))]
+    if missing := [shard.name for shard in shards if not shard.exists()]:
+        more = ", ..." if len(missing) > 3 else ""
+        raise FileNotFoundError(
+            f"'{index.parent}' is incomplete: {len(missing)} of its {len(shards)} files are missing ({', '.join(missing[:3])}{more}); "
+            "fetch it again"
+        )
+    return shards
+
+
+def refuse_pointer(file: Path) -> None:
+    """ValueError where a file is not the weights but what Git LFS keeps in their place, or a download that did not end."""
+    if file.suffix == ".incomplete":
+        raise ValueError(f"'{file}' is a download that did not end: fetch it again")
+    with open(file, "rb") as opened:
+        if opened.read(len(POINTER)) == POINTER:
+            raise ValueError(f"'{file}' is a pointer of Git LFS, not the weights: run `git lfs pull`, or fetch it with `hf download`")
+
+
+def _read_safetensors(path: Path) -> State:
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except RuntimeError as error:
+        if "unable to mmap" not in str(error) or sys.platform != "linux":
+            raise
+    return read_mapped(path)
 
 
 def strip_prefix(state: State, prefixes: Iterable[str]) -> State:
