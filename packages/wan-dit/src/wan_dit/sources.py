@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._shared.files import read_json
 from ._shared.weights import PICKLES
@@ -18,6 +18,7 @@ from .checkpoint import config_of, weights_folder
 from .config import DiTConfig
 from .plugins import VideoModelSpec, find
 from .recognition import choose, fits, installed
+from .schedulers.diffusers import config_differences
 
 if TYPE_CHECKING:
     import pluggy
@@ -58,7 +59,7 @@ class _Tree:
     notes: list[str] = field(default_factory=list)
     candidates: dict[str, list[Path]] = field(default_factory=dict)  # of a ComfyUI tree, which may hold many
     boundary: float | None = None
-    shift: float | None = None
+    scheduler: dict[str, Any] | None = None  # scheduler_config.json
 
 
 def open_model(path: Path, preset: str | None, pm: pluggy.PluginManager, *, given: Collection[str] = ()) -> FoundModel:
@@ -87,8 +88,9 @@ def open_model(path: Path, preset: str | None, pm: pluggy.PluginManager, *, give
     notes = [f"model: {tree.kind}, used with the settings of {model.name}", *(f"{part}: {where}" for part, where in parts.items())]
     missing = [part for part in ("vae", "text_encoder", "image_encoder") if _wants(model, part) and part not in (*parts, *given)]
     notes += [f"{part}: none in '{tree.root}', the model's own is used ({getattr(model, part)})" for part in missing]
-    if tree.shift is not None and tree.shift != model.shift:
-        notes.append(f"scheduler: shift {tree.shift:g} in scheduler_config.json, the model's official shift {model.shift:g} is used")
+    if tree.scheduler:
+        name = model.scheduler.rpartition(":")[2]
+        notes += [f"scheduler: {line}" for line in config_differences(tree.scheduler, scheduler=name, shift=model.shift)]
     if tree.boundary is not None and model.low_noise_backbone and tree.boundary != model.boundary:
         notes.append(f"boundary: {tree.boundary:g} of model_index.json is used, the model's official one is {model.boundary:g}")
         model = replace(model, boundary=tree.boundary)
@@ -161,9 +163,7 @@ def _diffusers(path: Path) -> _Tree:
             tree.notes.append(f"{part}: model_index.json lists '{name}', which is missing")
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        written = read_json(scheduler)
-        shift = written.get("flow_shift", written.get("shift"))
-        tree.shift = float(shift) if isinstance(shift, int | float) else None
+        tree.scheduler = read_json(scheduler)
     return tree
 
 

@@ -10,7 +10,6 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from .schedule import Grid, linear_sigmas, make_schedule, next_index, shift_sigm
 
 # what makes a multistep solver of diffusers one for flow matching
 FLOW_FIELDS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-# the schedulers of diffusers whose solver is one of ours, by its registered name
+# the schedulers of diffusers whose solver is one of ours, by the name of ours
 OURS = {
     "UniPCMultistepScheduler": "unipc",
     "DPMSolverMultistepScheduler": "dpm++",
@@ -31,52 +30,30 @@ OURS = {
 }
 
 
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """What a `scheduler_config.json` of diffusers asks for.
+def config_differences(config: Mapping[str, Any], *, scheduler: str, shift: float) -> list[str]:
+    """How the `scheduler_config.json` of a pipeline folder, parsed, differs from what the model is run with; a line each.
 
-    class_name: diffusers' class
-    scheduler: the registered name of our scheduler with the same solver, None where we have none
-    shift: the file's own, None where it is not one number
-    warning: what is wrong with it, to be told to the user; None where nothing is
-    """
-
-    class_name: str
-    scheduler: str | None
-    shift: float | None
-    warning: str | None
-
-
-def read_scheduler_config(config: Mapping[str, Any], expected_shift: float) -> SchedulerConfig:
-    """Read the parsed file beside a model that is run with `expected_shift`, which is the one to use where the two differ.
-
-    Converted folders often carry the converter's shift: 3 for Wan2.2 A14B, whose official text-to-video shift is 12. With 40 steps
-    that gives the high-noise expert 13 of them in place of 26.
-    ValueError where the file has no class or a shift that is not a positive number.
+    scheduler, shift: registered name and shift of the run, which are the ones used: converted folders often carry the converter's
+    settings, as shift 3 for Wan2.2 T2V-A14B. Its own 12 gives the high-noise expert 26 of 40 steps, 3 gives it 13.
+    ValueError where the file names no class or its shift is not a positive number.
     """
     name = config.get("_class_name")
     if not isinstance(name, str):
-        raise ValueError(f"a scheduler_config.json names its class in `_class_name`, got {name!r}; is this the right file?")
-    field = "flow_shift" if "flow_shift" in config or "use_flow_sigmas" in config else "shift"
-    shift = config.get(field, 1.0)  # diffusers' own default
-    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < float("inf"):
-        raise ValueError(f"{field} of scheduler_config.json is {shift!r}; it must be a positive number")
-    no_flow = [f"{key} {config[key]!r}" for key, value in FLOW_FIELDS.items() if config.get(key, value) != value]
-    if name not in OURS:
-        warning = f"scheduler_config.json asks for {name}, which no scheduler here is the same as; the model's own is used"
-    elif no_flow:
-        warning = f"scheduler_config.json asks for {name} with {' and '.join(no_flow)}, which is no flow matching; the model's own is used"
-    elif config.get("use_dynamic_shifting"):
-        warning = f"scheduler_config.json asks for a shift that depends on the size; this model is run with shift {expected_shift:g}"
-        return SchedulerConfig(name, OURS[name], None, warning)
-    elif shift != expected_shift:
-        warning = (
-            f"scheduler_config.json has {field} {shift:g}, but this model is run with shift {expected_shift:g}, which is used; "
-            f"give shift {shift:g} for what diffusers makes of this folder"
-        )
-    else:
-        warning = None
-    return SchedulerConfig(name, None if no_flow else OURS.get(name), float(shift), warning)
+        raise ValueError(f"a scheduler_config.json names its class in `_class_name`, got {name!r}: is it the right file?")
+    if other := [f"{field} {config[field]!r}" for field, flow in FLOW_FIELDS.items() if config.get(field, flow) != flow]:
+        return [f"{name} in scheduler_config.json has {' and '.join(other)}, which is not flow matching; {scheduler} is used"]
+    lines = []
+    if OURS.get(name) != scheduler:
+        same = f" (here: {OURS[name]})" if name in OURS else ""
+        lines.append(f"{name}{same} in scheduler_config.json, {scheduler} is used")
+    written = config.get("flow_shift", config.get("shift", 1.0))  # 1: diffusers' own default
+    if isinstance(written, bool) or not isinstance(written, int | float) or not 0 < written < float("inf"):
+        raise ValueError(f"the shift of scheduler_config.json is {written!r}; it must be a positive number")
+    if config.get("use_dynamic_shifting"):
+        lines.append(f"a shift that depends on the size in scheduler_config.json, the model's official shift {shift:g} is used")
+    elif written != shift:
+        lines.append(f"shift {written:g} in scheduler_config.json, the model's official shift {shift:g} is used")
+    return lines
 
 
 def as_scheduler(scheduler: Any) -> Scheduler:
