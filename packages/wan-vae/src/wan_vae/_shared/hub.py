@@ -25,8 +25,8 @@ def download(text: str, patterns: Sequence[str] | None) -> Path:
             return Path(hf_hub_download(f"{org}/{name}", below, revision=revision or None))
         wanted = [f"{below}/{pattern}" for pattern in patterns or ("*",)] if below else list(patterns or ()) or None
         return Path(snapshot_download(f"{org}/{name}", revision=revision or None, allow_patterns=wanted)) / below
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (*HfHubHTTPError.__bases__, HFValidationError) as error:  # type: ignore[misc]  # any error of the HTTP library it is built on, and OSError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(f"cannot fetch '{text}' from the Hub, and it is not in the cache: {reason}") from error
 
 
