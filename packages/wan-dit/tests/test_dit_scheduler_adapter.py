@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import warnings
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 from wan_dit.plugins import find
-from wan_dit.schedulers import DiffusersScheduler, Euler, UniPC, as_scheduler
+from wan_dit.schedulers import DiffusersScheduler, DPMpp, Euler, Heun, UniPC, as_scheduler
+from wan_dit.schedulers.diffusers import config_differences
 from wan_dit.schedulers.schedule import SIGMA_MAX
 
 GRIDS = [(steps, shift) for steps in (1, 2, 4, 20, 40, 50) for shift in (1.0, 3.0, 5.0, 8.0, 12.0, 16.0)]
@@ -77,6 +79,27 @@ def test_flow_match_euler_is_ours(steps: int, shift: float) -> None:
     assert torch.equal(adapted.schedule(steps, shift).sigmas, ours.schedule(steps, shift).sigmas)
     assert torch.equal(adapted.schedule(steps, shift).timesteps, ours.schedule(steps, shift).timesteps)
     assert same(trajectory(adapted, steps, shift), trajectory(ours, steps, shift))
+
+
+@pytest.mark.parametrize(("steps", "shift"), GRIDS)
+def test_dpm_equals_diffusers_on_the_official_grid_to_the_bit(steps: int, shift: float) -> None:
+    """diffusers has no setting for that grid; the adapter runs it on the schedule it is started with."""
+    ours, adapted = DPMpp(), DiffusersScheduler(theirs.DPMSolverMultistepScheduler)
+    schedule = ours.schedule(steps, shift)
+    states, samples = (ours.start(schedule), adapted.start(schedule)), [noise(), noise()]
+    for t in schedule.timesteps:
+        samples = [solver.step(state, flow(x, t), x) for solver, state, x in zip((ours, adapted), states, samples, strict=True)]
+        assert torch.equal(*samples)
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (2, 1.0), (9, 3.0)])
+def test_heun_is_that_of_diffusers_on_the_same_grid(steps: int, shift: float) -> None:
+    ours, adapted = Heun(), DiffusersScheduler(theirs.FlowMatchHeunDiscreteScheduler)
+    schedule = ours.schedule(steps, shift)
+    states, samples = (ours.start(schedule), adapted.start(schedule)), [noise(), noise()]
+    for t in schedule.timesteps:
+        samples = [solver.step(state, flow(x, t), x) for solver, state, x in zip((ours, adapted), states, samples, strict=True)]
+        torch.testing.assert_close(*samples, rtol=0, atol=2e-6)
 
 
 def test_the_shift_is_applied_once() -> None:
@@ -187,3 +210,51 @@ def test_bad_use_is_refused() -> None:
         DiffusersScheduler(theirs.FlowMatchEulerDiscreteScheduler, invert_sigmas=True).schedule(4, 5.0)
     with pytest.raises(ValueError, match="steps is 0"):
         as_scheduler(theirs.DPMSolverMultistepScheduler).schedule(0, 5.0)
+
+
+UNIPC_FILE = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "lines"),
+    [
+        ({}, ["shift 3 in scheduler_config.json, the model's official shift 12 is used"]),
+        ({"flow_shift": 12}, []),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 12.0, "flow_shift": 12.0},
+            ["FlowMatchEulerDiscreteScheduler (here: euler) in scheduler_config.json, unipc is used"],
+        ),
+        ({"_class_name": "SASolverScheduler", "flow_shift": 12.0}, ["SASolverScheduler in scheduler_config.json, unipc is used"]),
+        (
+            {"use_flow_sigmas": False, "prediction_type": "epsilon"},
+            [
+                "UniPCMultistepScheduler in scheduler_config.json has use_flow_sigmas False and prediction_type 'epsilon', which is not "
+                "flow matching; unipc is used"
+            ],
+        ),
+        (
+            {"use_dynamic_shifting": True},
+            ["a shift that depends on the size in scheduler_config.json, the model's official shift 12 is used"],
+        ),
+    ],
+)
+def test_a_contradiction_of_a_folder_is_told(config: dict[str, Any], lines: list[str]) -> None:
+    assert config_differences({**UNIPC_FILE, **config}, scheduler="unipc", shift=12.0) == lines
+
+
+def test_a_file_that_diffusers_writes_is_read() -> None:
+    unipc = theirs.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    for solver, name in ((unipc, "unipc"), (theirs.FlowMatchEulerDiscreteScheduler(shift=5.0), "euler")):
+        assert config_differences(json.loads(solver.to_json_string()), scheduler=name, shift=5.0) == []
+    plain = {"_class_name": "FlowMatchEulerDiscreteScheduler"}  # diffusers runs it with shift 1
+    assert config_differences(plain, scheduler="euler", shift=3.0) == [
+        "shift 1 in scheduler_config.json, the model's official shift 3 is used"
+    ]
+
+
+@pytest.mark.parametrize("shift", ["3", None, 0, -3.0, float("nan"), True])
+def test_a_broken_scheduler_config_is_refused(shift: Any) -> None:
+    with pytest.raises(ValueError, match=r"the shift of scheduler_config\.json is"):
+        config_differences({**UNIPC_FILE, "flow_shift": shift}, scheduler="unipc", shift=5.0)
+    with pytest.raises(ValueError, match="names its class in `_class_name`, got None"):
+        config_differences({"flow_shift": 3.0}, scheduler="unipc", shift=5.0)

@@ -1,7 +1,8 @@
-"""Sigma grids and the Euler and UniPC solvers."""
+"""Sigma grids, the solvers with one evaluation a step, and what holds for every registered scheduler."""
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wan_dit.contracts import Schedule
-from wan_dit.schedulers import Euler, UniPC
+from wan_dit.plugin import wan_schedulers
+from wan_dit.schedulers import DPMpp, Euler, UniPC
 from wan_dit.schedulers.schedule import linear_sigmas, make_schedule, shift_sigmas, start_state, training_sigmas
 
-SOLVERS = [UniPC(), Euler()]
-BOTH = pytest.mark.parametrize("solver", SOLVERS, ids=["unipc", "euler"])
+SOLVERS = {"unipc": UniPC(), "euler": Euler(), "dpm++": DPMpp()}
+EACH = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+REGISTERED = {spec.name: spec.load() for spec in wan_schedulers()}
 
 steps_and_shift = given(steps=st.integers(1, 60), shift=st.floats(1, 16))
 
@@ -46,7 +49,8 @@ def test_official_tables(steps: int, shift: float, first: list[float], last: flo
     assert len(timesteps) < 5 or schedule.timesteps[-1].item() == timesteps[4]
 
 
-@pytest.mark.parametrize(("boundary", "shift", "high"), [(0.875, 12, 26), (0.9, 5, 15)])
+# the third: shift 3, which converted folders of T2V-A14B carry
+@pytest.mark.parametrize(("boundary", "shift", "high"), [(0.875, 12, 26), (0.9, 5, 15), (0.875, 3, 12)])
 def test_high_noise_steps_of_the_two_expert_models(boundary: float, shift: float, high: int) -> None:
     assert int((UniPC().schedule(40, shift).timesteps >= boundary * 1000).sum()) == high
 
@@ -58,7 +62,7 @@ def test_grids_start_where_the_official_ones_do() -> None:
     assert make_schedule(shift_sigmas(linear_sigmas(4), 5)).timesteps.tolist() == pytest.approx([1000, 937.5, 833.3333, 625])
 
 
-@BOTH
+@EACH
 @settings(max_examples=60, deadline=None)
 @steps_and_shift
 def test_schedules_fall_to_zero(solver: Any, steps: int, shift: float) -> None:
@@ -74,7 +78,7 @@ def test_schedules_fall_to_zero(solver: Any, steps: int, shift: float) -> None:
     assert (schedule.sigmas[1:-1] >= plain.sigmas[1:-1]).all()
 
 
-@BOTH
+@EACH
 @settings(max_examples=15, deadline=None)
 @steps_and_shift
 def test_a_straight_flow_ends_at_the_data(solver: Any, steps: int, shift: float) -> None:
@@ -86,7 +90,7 @@ def test_a_straight_flow_ends_at_the_data(solver: Any, steps: int, shift: float)
     torch.testing.assert_close(sample, data, rtol=0, atol=2e-5)
 
 
-@BOTH
+@EACH
 def test_state_goes_through_json_and_safetensors(solver: Any, tmp_path: Path) -> None:
     schedule = solver.schedule(6, 5.0)
     state, sample = solver.start(schedule), torch.randn(1, 4, 2, 3, 4, generator=torch.Generator().manual_seed(1))
@@ -100,32 +104,80 @@ def test_state_goes_through_json_and_safetensors(solver: Any, tmp_path: Path) ->
         assert torch.equal(resumed, sample), f"differs at i = {i}"
 
 
-def test_the_state_does_not_share_the_callers_sample() -> None:
-    unipc = UniPC()
-    schedule = unipc.schedule(3, 5.0)
+def run(name: str, data: st.DataObject) -> tuple[Any, Schedule]:
+    """A registered scheduler and a schedule that it takes."""
+    scheduler = REGISTERED[name]
+    steps = data.draw(st.just(scheduler.steps) if hasattr(scheduler, "steps") else st.integers(1, 24), label="steps")
+    return scheduler, scheduler.schedule(steps, getattr(scheduler, "shift", None) or data.draw(st.floats(1, 16), label="shift"))
+
+
+def advance(scheduler: Any, state: dict[str, Any], schedule: Schedule, sample: Tensor, until: int) -> Tensor:
+    generator = torch.Generator().manual_seed(7)  # a new one wherever a run goes on: its state is not part of what is kept
+    while state["i"] < until:
+        sample = scheduler.step(state, flow(sample, schedule.timesteps[state["i"]]), sample, generator)
+    return sample
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_a_run_stopped_anywhere_resumes_to_the_same_bits(name: str, data: st.DataObject) -> None:
+    scheduler, schedule = run(name, data)
+    count, noise = len(schedule.timesteps), torch.randn(1, 2, 1, 3, 4, generator=torch.Generator().manual_seed(1))
+    expected = advance(scheduler, scheduler.start(schedule), schedule, noise, count)
+    state = scheduler.start(schedule)
+    sample = advance(scheduler, state, schedule, noise, data.draw(st.integers(0, count), label="stopped at"))
+    file = io.BytesIO()
+    torch.save({"state": state, "sample": sample}, file)
+    file.seek(0)
+    kept = torch.load(file, weights_only=True)
+    assert torch.equal(advance(scheduler, kept["state"], schedule, kept["sample"], count), expected)
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_the_state_does_not_share_what_the_caller_gave(name: str) -> None:
+    scheduler = REGISTERED[name]
+    schedule = scheduler.schedule(getattr(scheduler, "steps", 3), getattr(scheduler, "shift", None) or 5.0)
     results = []
     for overwrite in (False, True):
-        state, noise = unipc.start(schedule), torch.ones(1, 1, 1, 2, 2)
-        sample = unipc.step(state, flow(noise, schedule.timesteps[0]), noise)
+        state, noise = scheduler.start(schedule), torch.ones(1, 1, 1, 2, 2)
+        velocity = flow(noise, schedule.timesteps[0])
+        sample = scheduler.step(state, velocity, noise, torch.Generator().manual_seed(0))
         if overwrite:
             noise.zero_()
-        results.append(unipc.step(state, flow(sample, schedule.timesteps[1]), sample))
+            velocity.zero_()
+        results.append(scheduler.step(state, flow(sample, schedule.timesteps[1]), sample))
     assert torch.equal(*results)
 
 
-def test_unipc_is_closer_than_euler() -> None:
+@pytest.mark.parametrize("solver", [UniPC(), DPMpp()], ids=["unipc", "dpm++"])
+def test_repeated_timesteps_are_steps_of_their_own(solver: Any) -> None:
+    """Truncation makes neighbours equal at a high shift; what is looked up by timestep would take one of them twice."""
+    schedule = solver.schedule(200, 16.0)
+    assert len(schedule.timesteps.unique()) < 200
+    assert len(schedule.sigmas.unique()) == 201
+    sample = torch.randn(1, 2, 1, 3, 4, generator=torch.Generator().manual_seed(1))
+    exact = sample * (schedule.sigmas[100] - 0.5) / (schedule.sigmas[0] - 0.5)
+    state = solver.start(schedule)
+    for i in range(100):  # a straight flow through sigma 1/2, where every sample is 0: the velocity depends on the true sigma
+        sample = solver.step(state, sample / (schedule.sigmas[i] - 0.5), sample)
+    torch.testing.assert_close(sample, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_order_two_is_closer_than_euler() -> None:
     """On a flow with a known end: data drawn from N(0, 1/4)."""
     errors = {}
-    for name, solver in zip(("unipc", "euler"), SOLVERS, strict=True):
+    for name, solver in SOLVERS.items():
         schedule = make_schedule(shift_sigmas(training_sigmas(20), 3.0))
         state, sample = solver.start(schedule), torch.ones(1, 1, 1, 1, 1)
         for sigma in schedule.sigmas[:-1]:
             sample = solver.step(state, sample * (sigma - (1 - sigma) / 4) / ((1 - sigma) ** 2 / 4 + sigma**2), sample)
         errors[name] = abs(sample.item() - 0.5 / ((1 - schedule.sigmas[0]) ** 2 / 4 + schedule.sigmas[0] ** 2).sqrt().item())
-    assert errors["unipc"] < 0.25 * errors["euler"]  # the last step is of order 1 in both
+    assert errors["unipc"] < 0.25 * errors["euler"]  # the last step is of order 1 in all
+    assert errors["dpm++"] < 0.25 * errors["euler"]
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_samples_keep_their_dtype(solver: Any, dtype: torch.dtype) -> None:
     schedule = solver.schedule(3, 5.0)
@@ -136,7 +188,7 @@ def test_samples_keep_their_dtype(solver: Any, dtype: torch.dtype) -> None:
         assert sample.isfinite().all()
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize(
     ("steps", "shift", "message"),
     [
@@ -152,7 +204,7 @@ def test_bad_runs_are_refused(solver: Any, steps: Any, shift: float, message: st
         solver.schedule(steps, shift)
 
 
-@BOTH
+@EACH
 def test_a_run_ends(solver: Any) -> None:
     state, sample = solver.start(solver.schedule(1, 1.0)), torch.zeros(1, 1, 1, 2, 2)
     solver.step(state, sample, sample)

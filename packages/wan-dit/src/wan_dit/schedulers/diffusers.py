@@ -34,7 +34,7 @@ def config_differences(config: Mapping[str, Any], *, scheduler: str, shift: floa
     """How the `scheduler_config.json` of a pipeline folder, parsed, differs from what the model is run with; a line each.
 
     scheduler, shift: registered name and shift of the run, which are the ones used: converted folders often carry the converter's
-    settings, as shift 3 for Wan2.2 T2V-A14B. Its own 12 gives the high-noise expert 26 of 40 steps, 3 gives it 13.
+    settings, as shift 3 for Wan2.2 T2V-A14B. Its own 12 gives the high-noise expert 26 of 40 steps, 3 gives it 12.
     ValueError where the file names no class or its shift is not a positive number.
     """
     name = config.get("_class_name")
