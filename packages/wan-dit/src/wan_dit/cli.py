@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, convert_command
 from ._shared.cli import Parser, add_common, run, show
 from .listing import describe, hooks, is_fault, plugin_rows, short
 from .lora import lora_command
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("manifest", metavar="RUN.json", help="a .json file that generate wrote")
     _add_parts(replay, "those of the run", dtype="that of the run", device="that of the run")
 
+    convert_command.add_commands(commands, _command)
     lora_command.add_commands(commands, _command)
     _command(commands, "models", _models, "the installed models", listing=True)
     plugins = _command(commands, "plugins", _plugins, "every installed part of every kind", listing=True)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import struct
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +11,15 @@ import torch
 from torch import Tensor
 
 from ._shared.files import replacing
-from ._shared.packed import Packed, PackedState, Stored
-from ._shared.weights import CHECKSUMS, PIECE
+from ._shared.lazy import SHORT, Lazy, plain, save_lazily
+from ._shared.lazy import own_dtype as own_dtype
+from ._shared.packed import PackedState, Stored
+from ._shared.weights import CHECKSUMS
 from .checkpoint import FORMAT, OFFICIAL_TOKENIZER
 from .config import UMT5Config
 from .layouts import BLOCK_NAMES, HF_FIELDS, HUGGING_FACE, OFFICIAL, OWN, SPIECE, table
 from .quantised import quantise_rows
 
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8"}  # of safetensors
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 QUANTISED = tuple(f".{name}.weight" for name, *_ in BLOCK_NAMES if name.startswith(("attn.", "ffn.")))
 # of a umT5 that transformers reads, besides its sizes
 HF_FACTS = {
@@ -39,26 +34,11 @@ HF_FACTS = {
 }
 
 
-@dataclass(frozen=True)
-class Lazy:
-    """Tensors of a file that are made together: what they will be, and their numbers in that order, in pieces."""
-
-    facts: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
-    pieces: Callable[[], Iterable[Tensor]]
-
-
-def own_dtype(state: PackedState) -> torch.dtype:
-    """The widest type among the tensors, or bf16 where some are packed."""
-    if any(isinstance(value, Packed) for value in state.values()):
-        return torch.bfloat16
-    return reduce(torch.promote_types, (value.dtype for value in state.values() if isinstance(value, Tensor)))
-
-
 def save_wan(config: UMT5Config, state: PackedState, spiece: bytes, folder: Path, dtype: torch.dtype, *, int8: bool = False) -> None:
     """Our folder, which keeps every fact of the config; int8: products as int8 and a scale a row, the rest in `dtype`."""
     names = table(config.num_layers, OWN, OFFICIAL)
     packed = [key for key in state if int8 and key.endswith(QUANTISED)]
-    lazy = [_quantised(names[key], value) if key in packed else _plain(names[key], value, dtype) for key, value in state.items()]
+    lazy = [_quantised(names[key], value) if key in packed else plain(names[key], value, dtype) for key, value in state.items()]
     _save_folder(folder, lazy, {"format": FORMAT, **config.model_dump(mode="json")}, spiece)
 
 
@@ -66,7 +46,7 @@ def save_hugging_face(config: UMT5Config, state: PackedState, spiece: bytes, fol
     """A folder that transformers' `UMT5EncoderModel.from_pretrained` reads, `spiece.model` in it."""
     names = table(config.num_layers, OWN, HUGGING_FACE)
     sizes = {theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()} | {"d_kv": config.dim_attn // config.num_heads}
-    lazy = [_plain(names[key], value, dtype) for key, value in state.items()]
+    lazy = [plain(names[key], value, dtype) for key, value in state.items()]
     _save_folder(folder, lazy, {**HF_FACTS, **sizes, "torch_dtype": str(dtype).removeprefix("torch.")}, spiece)
 
 
@@ -74,9 +54,9 @@ def save_comfy(config: UMT5Config, state: PackedState, spiece: bytes, file: Path
     """One `.safetensors` in Hugging Face's names that holds the tokenizer too, as ComfyUI reads it."""
     names = table(config.num_layers, OWN, HUGGING_FACE)
     tokenizer = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
-    lazy = [_plain(names[key], value, dtype) for key, value in state.items()]
+    lazy = [plain(names[key], value, dtype) for key, value in state.items()]
     with replacing(file) as scratch:
-        save_lazily([*lazy, _plain(SPIECE, tokenizer, torch.uint8)], scratch)
+        save_lazily([*lazy, plain(SPIECE, tokenizer, torch.uint8)], scratch)
 
 
 def save_official(config: UMT5Config, state: PackedState, spiece: bytes, folder: Path, dtype: torch.dtype) -> None:
@@ -95,42 +75,6 @@ def _save_folder(folder: Path, lazy: list[Lazy], config: dict[str, Any], spiece:
             checksum = save_lazily(lazy, weights)
         tokenizer.write_bytes(spiece)
         facts.write_text(json.dumps({**config, CHECKSUMS: {"model.safetensors": checksum}}, indent=2) + "\n")
-
-
-def save_lazily(tensors: Iterable[Lazy], file: Path) -> str:
-    """Write a safetensors file whose tensors are made one after the other; returns its sha256."""
-    ordered = list(tensors)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, dtype, shape in (fact for lazy in ordered for fact in lazy.facts):
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(file, "wb") as out:
-        for data in (struct.pack("<Q", len(text)), text):
-            out.write(data)
-            digest.update(data)
-        for piece in (piece for lazy in ordered for piece in lazy.pieces()):
-            content = piece.contiguous().view(-1).view(torch.uint8).numpy().data
-            out.write(content)
-            digest.update(content)
-    return digest.hexdigest()
-
-
-def _plain(name: str, value: Stored, dtype: torch.dtype) -> Lazy:
-    """A tensor in another type, some rows of it at a time. ValueError where a number is infinite in it."""
-    rows = max(1, PIECE // max(1, math.prod(value.shape[1:])))
-
-    def pieces() -> Iterator[Tensor]:
-        for start in range(0, value.shape[0], rows):
-            piece = value[slice(start, start + rows)].to("cpu", dtype)
-            if not bool(piece.isfinite().all()):
-                raise ValueError(f"tensor '{name}' holds NaN or infinite numbers in {SHORT.get(dtype, dtype)}: it is damaged, or use bf16")
-            yield piece
-
-    return Lazy(((name, dtype, tuple(value.shape)),), pieces)
 
 
 def _quantised(name: str, value: Stored) -> Lazy:
