@@ -6,6 +6,7 @@ A packed tensor stays in its file, memory-mapped, until it is asked for.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ SCALES = (".weight_scale", ".scale_weight")  # the newer and the older spelling 
 IGNORED = (".input_scale", ".scale_input")  # of activations, for kernels that multiply in fp8
 FORMAT, MARKER = ".comfy_quant", "scaled_fp8"
 TYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8": torch.int8}
+PIECE = 1 << 20  # numbers that are unpacked at a time
 FULL = 0.9  # of the largest number of an fp8 type: only a weight that was divided by its scale comes so close
 
 Rows = Tensor | slice
@@ -36,8 +38,14 @@ class Packed:
     parts: tuple[Tensor, Tensor] | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """All numbers, as `Tensor.to`."""
-        return self.unpack(None).to(device, dtype)
+        """All numbers, as `Tensor.to`; no more than a piece of them is in float32 at a time."""
+        if dtype == torch.float32 or len(self.shape) < 2:
+            return self.unpack(None).to(device, dtype)
+        made = torch.empty(self.shape, device=device, dtype=dtype)
+        rows = max(1, PIECE // math.prod(self.shape[1:]))
+        for start in range(0, self.shape[0], rows):
+            made[start : start + rows] = self.unpack(slice(start, start + rows))
+        return made
 
     def __getitem__(self, rows: Rows) -> Tensor:
         """The numbers of some rows."""
