@@ -18,7 +18,7 @@ SCALES = (".weight_scale", ".scale_weight")  # the newer and the older spelling 
 IGNORED = (".input_scale", ".scale_input")  # of activations, for kernels that multiply in fp8
 FORMAT, MARKER = ".comfy_quant", "scaled_fp8"
 TYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8": torch.int8}
-PIECE = 1 << 20  # numbers that are unpacked at a time
+PIECE = 1 << 18  # numbers that are unpacked at a time: larger pieces leave holes between the tensors that are kept
 FULL = 0.9  # of the largest number of an fp8 type: only a weight that was divided by its scale comes so close
 
 Rows = Tensor | slice
