@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from wan_dit.checkpoint import read_checkpoint
 from wan_dit.config import FLF2V_14B, I2V_14B, I2V_A14B, T2V_1_3B, T2V_14B, TI2V_5B, VACE_14B, DiTConfig
 from wan_dit.layouts import DIFFUSERS_FIELDS, names
 from wan_dit.model import WanDiT
@@ -190,3 +192,46 @@ def test_several_models_in_a_comfy_tree_are_listed(tmp_path: Path) -> None:
     assert opened(tmp_path, "wan2.1-t2v-1.3b").parts["backbone"] == str(t2v)
     with pytest.raises(ValueError, match=r"no Wan backbone that fits wan2.1-vace-14b"):
         opened(tmp_path, "wan2.1-vace-14b")
+
+
+def comfy_parts(root: Path) -> tuple[Path, Path]:
+    """The VAE of Wan2.1 and umT5-XXL under names that say nothing, beside files of other models."""
+    from wan_text.config import XXL
+    from wan_text.layouts import HUGGING_FACE, OWN, table
+    from wan_text.umt5 import UMT5Encoder
+    from wan_vae.config import WAN21
+    from wan_vae.model import WanVAE
+    from wan_vae.names import official_names
+
+    with torch.device("meta"):
+        vae, text = WanVAE(WAN21).state_dict(), UMT5Encoder(XXL).state_dict()
+    vae_names, text_names = official_names(WAN21), table(XXL.num_layers, OWN, HUGGING_FACE)
+    sparse(root / "vae" / "flux_ae.safetensors", {"decoder.conv_in.weight": (8, 8)})
+    sparse(root / "clip" / "clip_l.safetensors", {"text_model.final_layer_norm.weight": (8,)})
+    return (
+        sparse(root / "vae" / "a.safetensors", {vae_names[key]: tuple(value.shape) for key, value in vae.items()}),
+        sparse(root / "clip" / "b.safetensors", {text_names[key]: tuple(value.shape) for key, value in text.items()}),
+    )
+
+
+def test_parts_of_a_comfy_tree_are_those_that_fit(tmp_path: Path) -> None:
+    backbone(tmp_path / "diffusion_models" / "wan2.1_t2v_1.3B_bf16.safetensors", T2V_1_3B)
+    vae, text = comfy_parts(tmp_path)
+    found = opened(tmp_path)
+    assert (found.parts["vae"], found.parts["text_encoder"]) == (str(vae), str(text))
+    assert [note.split(" is left out")[0] for note in found.notes if "left out" in note] == [
+        "vae: 'vae/flux_ae.safetensors'",
+        "text_encoder: 'clip/clip_l.safetensors'",
+    ]
+    vae.with_name("copy.safetensors").hardlink_to(vae)
+    with pytest.raises(ValueError, match=r"several for vae: say which with --vae: 'vae/a.safetensors', 'vae/copy.safetensors'"):
+        opened(tmp_path)
+    assert "vae" not in opened(tmp_path, given=("vae",)).parts
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the mapping that reserves no memory is Linux's")
+def test_a_file_larger_than_memory_is_read(tmp_path: Path) -> None:
+    config, state = read_checkpoint(backbone(tmp_path / "wan.safetensors", VACE_14B))
+    assert config == VACE_14B
+    assert sum(value.shape.numel() for value in state.values() if isinstance(value, torch.Tensor)) == 17_337_592_896
+    assert float(state["trunk.blocks.39.ffn.0.weight"][:2].float().sum()) == 0
