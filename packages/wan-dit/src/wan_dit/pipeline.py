@@ -139,7 +139,8 @@ class Pipeline:
         frames: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> Iterator[Event]:
-        """The events of one generation, `Done` with the result at the end. Settings that are None are the model's own.
+        """The events of one generation, `Done` with the result at the end. Settings that are None are the model's own; steps and shift
+        those of the scheduler, where it is made for certain ones.
 
         guidance: classifier-free guidance scale; 1 runs the backbone once a step and needs no negative prompt
         seed: the noise is drawn on the CPU, so that a seed means the same on every device
@@ -147,23 +148,26 @@ class Pipeline:
         Raises ValueError at once, with the nearest valid value, before anything is loaded. Streams of one pipeline may be
         interleaved.
         """
+        scheduler = self._loaded["scheduler"]
+        steps = getattr(scheduler, "steps", None) if steps is None else steps
+        shift = getattr(scheduler, "shift", None) if shift is None else shift
         request = make_request(
             self.model, self.specs["backbone"], self.specs["text_encoder"], prompt,
             negative_prompt=negative_prompt, steps=steps, shift=shift, guidance=guidance, seed=seed, frames=frames, size=size,
         )  # fmt: skip
         if hint := unknown_words(self.model, prompt):
             warnings.warn(hint, UserWarning, stacklevel=2)
-        return self._run(request)
+        return self._run(request, scheduler.schedule(request.steps, request.shift))
 
     @torch.no_grad()
-    def _run(self, request: Request) -> Generator[Event, None, None]:
+    def _run(self, request: Request, schedule: Schedule) -> Generator[Event, None, None]:
         timings = dict.fromkeys(PHASES, 0.0)
         contexts = yield from self._encode(request, timings)
         for part in ("backbone", "vae"):  # the VAE too, so that what is wrong with it is said before the long part
             yield from self._load(part, timings)
         self._check(self._loaded)
         generator = torch.Generator("cpu").manual_seed(request.seed)
-        latents, schedule = yield from self._denoise(request, contexts, generator, timings)
+        latents = yield from self._denoise(request, schedule, contexts, generator, timings)
         yield Decoding(request.frames)
         with self._timed(timings, "decode"):
             video = self._decode(latents, request, generator)
@@ -183,16 +187,16 @@ class Pipeline:
         return [contexts[prompt] for prompt in request.prompts]
 
     def _denoise(
-        self, request: Request, text: list[Tensor], generator: torch.Generator, timings: Timings
-    ) -> Generator[Event, None, tuple[Tensor, Schedule]]:
+        self, request: Request, schedule: Schedule, text: list[Tensor], generator: torch.Generator, timings: Timings
+    ) -> Generator[Event, None, Tensor]:
         backbone, scheduler = self._loaded["backbone"], self._loaded["scheduler"]
         dtype = _dtype_of(backbone)
         with self._timed(timings, "denoise"):
             contexts = [backbone.encode_context([tokens.to(self.device, dtype)]) for tokens in text]
             context, negative_context = contexts[0], contexts[1] if request.guided else None
-            schedule: Schedule = scheduler.schedule(request.steps, request.shift)
             state = scheduler.start(schedule)
-            latents = torch.randn(request.latent_shape(self.specs["backbone"]), generator=generator).to(self.device)
+            noise = torch.randn(request.latent_shape(self.specs["backbone"]), generator=generator)
+            latents = (noise * schedule.noise_scale).to(self.device)
         count = len(schedule.timesteps)
         for i in range(count):
             before = timings["denoise"]
@@ -202,7 +206,7 @@ class Pipeline:
                 latents = scheduler.step(state, velocity.float(), latents, generator)
             yield Step(i + 1, count, timings["denoise"] - before, float(schedule.sigmas[i + 1]))
         self._check_finite("backbone", latents, "latents")
-        return latents, schedule
+        return latents
 
     def _decode(self, latents: Tensor, request: Request, generator: torch.Generator) -> Tensor:
         vae = self._loaded["vae"]

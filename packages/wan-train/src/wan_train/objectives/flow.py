@@ -158,14 +158,14 @@ class RectifiedFlow:
         settings = self.settings
         context, negative = (backbone.encode_context(text_encoder.encode(texts)) for texts in (prompts, [""] * len(prompts)))
         generator = torch.Generator().manual_seed(seed)
-        sample = torch.randn((len(prompts), *self.latents.shape[1:]), generator=generator).to(self.device)
         schedule = self.scheduler.schedule(settings.preview_steps, settings.shift)
+        noise = torch.randn((len(prompts), *self.latents.shape[1:]), generator=generator)
+        sample = (noise * schedule.noise_scale).to(self.device)
         state = self.scheduler.start(schedule)
         for t in schedule.timesteps:
             timestep = t.float().repeat(len(prompts)).to(self.device)
-            sample = self.scheduler.step(
-                state, guided_velocity(backbone, sample, timestep, context, negative, settings.preview_guidance), sample
-            )
+            velocity = guided_velocity(backbone, sample, timestep, context, negative, settings.preview_guidance)
+            sample = self.scheduler.step(state, velocity, sample, generator)
         return self.vae.decode(sample).cpu()
 
     def export(self, modules: dict[str, nn.Module], folder: str) -> None:
