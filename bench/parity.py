@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from wan_dit.config import T2V_1_3B, T2V_14B
 from wan_dit.model import WanDiT
-from wan_dit.schedulers import UniPC
+from wan_dit.schedulers import DPMpp, UniPC
 from wan_text._shared.weights import build
 from wan_text.checkpoint import read_encoder
 from wan_text.clip_vision import CLIPVision
@@ -59,8 +59,9 @@ def golden() -> Iterator[Row]:
     yield official_row("clip_vision", "image tokens, preprocessing", *in_folder(clip_pairs))
     for name in (*dit.CASES, "dit_ti2v_22"):
         yield official_row(name, "velocity", *in_folder(lambda folder, name=name: dit_pairs(dit, name, folder)))
-    pairs, *allowed = scheduler_pairs()
-    yield official_row("schedulers", f"UniPC: trajectories of {len(pairs)} grids", pairs, *allowed)
+    for solver, label in (("unipc", "UniPC"), ("dpmpp", "DPM-Solver++")):
+        pairs, *allowed = scheduler_pairs(solver)
+        yield official_row("schedulers", f"{label}: trajectories of {len(pairs)} grids", pairs, *allowed)
     yield ["text_buckets", "relative position buckets", f"{bucket_errors()} wrong", "exact", "-"]
     yield ["text_clean", "cleaned prompts, three modes", f"{cleaning_errors()} wrong", "exact", "-"]
 
@@ -126,16 +127,10 @@ def clip_pairs(folder: Path) -> tuple[Pairs, float, float]:
     return pairs, near["atol"], near["rtol"]
 
 
-def scheduler_pairs() -> tuple[Pairs, float, float]:
-    module, unipc, pairs = load("wan-dit", "test_dit_scheduler_golden"), UniPC(), []
-    for run in module.CASE["runs"]:
-        if run["solver"] == "unipc":
-            schedule = unipc.schedule(run["steps"], run["shift"])
-            state, samples = unipc.start(schedule), [module.TENSORS["inputs/x"]]
-            for t in schedule.timesteps:
-                x = samples[-1]
-                samples.append(unipc.step(state, torch.sin(3 * x) * (0.5 + t / 1000) + 0.1 * x, x))
-            pairs.append((torch.stack(samples), module.TENSORS[f"outputs/{run['name']}/trajectory"]))
+def scheduler_pairs(solver: str) -> tuple[Pairs, float, float]:
+    module = load("wan-dit", "test_dit_scheduler_golden")
+    runs = [run for run in module.CASE["runs"] if run["solver"] == solver]
+    pairs = [(module.trajectory(run), module.TENSORS[f"outputs/{run['name']}/trajectory"]) for run in runs]
     return pairs, module.CASE["tolerance"]["trajectory_atol"], module.CASE["tolerance"]["trajectory_rtol"]
 
 
@@ -171,6 +166,7 @@ def libraries() -> Iterator[Row]:
     worst = max(dit_difference(dit, seed) for seed in range(len(dit.CONFIGS)))
     yield ["backbone", f"diffusers WanTransformer3DModel, {len(dit.CONFIGS)} configurations", f"{worst:.1e} (relative L2)", "1e-05"]
     yield ["UniPC", "diffusers UniPCMultistepScheduler on the official grid, 36 grids", f"{unipc_difference():.1e}", "0"]
+    yield ["DPM-Solver++", "diffusers DPMSolverMultistepScheduler on the official grid, 36 grids", f"{dpm_difference():.1e}", "0"]
 
 
 def vae_differences(module: Any, config: Any, backend: str) -> tuple[float, float]:
@@ -211,6 +207,16 @@ def unipc_difference() -> float:
         solver = module.theirs.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
         solver.set_timesteps(sigmas=np.linspace(module.SIGMA_MAX, 0, steps + 1)[:-1])
         pairs = zip(module.trajectory(UniPC(), steps, shift), module.plain_trajectory(solver), strict=True)
+        worst = max(worst, *(difference(got, expected) for got, expected in pairs))
+    return worst
+
+
+def dpm_difference() -> float:
+    module, worst = load("wan-dit", "test_dit_scheduler_adapter"), 0.0
+    for steps, shift in module.GRIDS:
+        schedule = DPMpp().schedule(steps, shift)
+        theirs = module.DiffusersScheduler(module.theirs.DPMSolverMultistepScheduler)  # runs on the schedule that it is started with
+        pairs = zip(*(module.along(solver, schedule) for solver in (DPMpp(), theirs)), strict=True)
         worst = max(worst, *(difference(got, expected) for got, expected in pairs))
     return worst
 

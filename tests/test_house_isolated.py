@@ -109,16 +109,18 @@ def test_third_party_scheduler_comes_is_used_and_goes(together: Environment, tmp
         rows = json.loads(together.run("wan-dit", "plugins", "--json").stdout)
         return {row["name"]: row["distribution"] for row in rows if row["kind"] == "wan_schedulers"}
 
-    assert "heun" not in schedulers()
+    assert "heun-example" not in schedulers()
     together.install(EXAMPLE)
-    assert schedulers()["heun"] == EXAMPLE
+    assert schedulers()["heun-example"] == EXAMPLE
     video = tmp_path / "heun.mp4"
-    together.run("wan-dit", "generate", "a red circle moves left", "--scheduler", "heun", "--steps", "2", "--output", str(video))
+    together.run("wan-dit", "generate", "a red circle moves left", "--scheduler", "heun-example", "--steps", "2", "--output", str(video))
     assert video.stat().st_size > 0
     together.uninstall(EXAMPLE)
-    assert "heun" not in schedulers()
-    failed = together.run("wan-dit", "generate", "a red circle", "--scheduler", "heun", "--output", str(tmp_path / "none.mp4"), code=2)
-    assert "no scheduler named 'heun'" in failed.stderr
+    assert "heun-example" not in schedulers()
+    failed = together.run(
+        "wan-dit", "generate", "a red circle", "--scheduler", "heun-example", "--output", str(tmp_path / "none.mp4"), code=2
+    )
+    assert "no scheduler named 'heun-example'" in failed.stderr
 
 
 def write_clip(path: str, frames: int, size: int = 64) -> None:

@@ -7,4 +7,4 @@ from wan_dit import SchedulerSpec, hookimpl
 
 @hookimpl
 def wan_schedulers() -> list[SchedulerSpec]:
-    return [SchedulerSpec("heun", "wan_scheduler_heun.solver:Heun", summary="second order, 2 * steps - 1 evaluations")]
+    return [SchedulerSpec("heun-example", "wan_scheduler_heun.solver:Heun", summary="second order, 2 * steps - 1 evaluations")]
