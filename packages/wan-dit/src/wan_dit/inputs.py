@@ -1,4 +1,4 @@
-"""What a person gives a task besides text: images, videos (films, folders of pictures) and masks, as tensors of a model's size."""
+"""What a person gives a task besides text: images, videos (films, folders of pictures) and masks, read from files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -17,38 +16,25 @@ from PIL import Image
 from torch import Tensor
 
 from .film import film_frames, probe_film
-from .images import PathLike, Size, fit, is_picture, picture_files
+from .images import PathLike as PathLike
 from .images import PictureSource as PictureSource
+from .images import Size, fit, is_picture, picture_files
 from .images import read_image as read_image
-from .media import to_frames
-
-ClipSource = PathLike | Tensor
 
 
-@dataclass(frozen=True)
-class Clip:
-    """Facts of a video: `size`, (width, height) of the upright picture, and how many frames it gives."""
-
-    size: Size
-    frames: int
-
-
-def probe(source: ClipSource, fps: float | None = None) -> Clip:
-    """How large a video is and how many frames `read_video` finds in it at `fps`; nothing but its first picture is decoded."""
-    if isinstance(source, Tensor):
-        clip = _batchless(source)
-        return Clip((clip.shape[3], clip.shape[2]), clip.shape[1])
-    path = _existing(source, "video")
-    if _is_pictures(path):
-        files = _files(path)
-        return Clip(read_image(files[0]).size, len(files))
-    return Clip(*probe_film(path, _rate(fps)))
+def probe_video(path: PathLike, fps: float | None = None) -> tuple[Size, int]:
+    """(width, height) of a video, and how many frames `read_video` finds in it at `fps`; only its first picture is decoded."""
+    found = _existing(path, "video")
+    if _is_pictures(found):
+        files = _files(found)
+        return read_image(files[0]).size, len(files)
+    return probe_film(found, _rate(fps))
 
 
 def read_video(
-    source: ClipSource, *, fps: float | None = None, frames: int | None = None, last: int | None = None, size: Size | None = None
+    path: PathLike, *, fps: float | None = None, frames: int | None = None, last: int | None = None, size: Size | None = None
 ) -> Tensor:
-    """A video `[3, T, H, W]` float32 in [-1, 1] from a film, a folder of pictures in natural order, one picture, or a tensor.
+    """A video `[3, T, H, W]` float32 in [-1, 1] from a film, a folder of pictures in natural order, or one picture.
 
     fps: of a film take the frames that are shown at 0, 1/fps, 2/fps, ... seconds, or all; pictures are taken one a frame
     frames: take the first so many; ValueError where there are fewer
@@ -56,36 +42,25 @@ def read_video(
     size: (width, height) to scale to, its proportions kept and what stands over at two sides cut off
     Raises FileNotFoundError, and ValueError where there is no video or a damaged one.
     """
-    if isinstance(source, Tensor):
-        return _of_tensor(source, 3, "video", frames, last, size)
-    pixels = _frames(source, "video", fps, frames, last, size, Image.Resampling.LANCZOS)
+    pixels = _frames(path, "video", fps, frames, last, size, Image.Resampling.LANCZOS)
     return torch.from_numpy(pixels).permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-def read_mask(source: ClipSource, *, fps: float | None = None, frames: int | None = None, size: Size | None = None) -> Tensor:
+def read_mask(path: PathLike, *, fps: float | None = None, frames: int | None = None, size: Size | None = None) -> Tensor:
     """A mask `[1, T, H, W]` float32 in 0..1, where white (and transparent) is to be generated and black kept.
 
     A still picture is repeated for all `frames`; all else is as in `read_video`, but scaled without new levels of grey.
     """
-    if isinstance(source, Tensor):
-        mask = _of_tensor(source, 1, "mask", None if _batchless(source).shape[1] == 1 else frames, None, size)
-    else:
-        still = Path(source).is_file() and is_picture(Path(source))
-        pixels = _frames(source, "mask", fps, 1 if still else frames, None, size, Image.Resampling.NEAREST)
-        grey = [np.asarray(Image.fromarray(frame).convert("L")) for frame in pixels]
-        mask = torch.from_numpy(np.stack(grey))[None].float().div_(255.0)
-    return mask.expand(-1, frames or 1, -1, -1).clone() if mask.shape[1] == 1 else mask
+    still = Path(path).is_file() and is_picture(Path(path))
+    pixels = _frames(path, "mask", fps, 1 if still else frames, None, size, Image.Resampling.NEAREST)
+    grey = np.stack([np.asarray(Image.fromarray(frame).convert("L")) for frame in pixels])
+    mask = torch.from_numpy(grey)[None].float().div_(255.0)
+    return mask.expand(-1, frames or 1, -1, -1).clone() if still else mask
 
 
-def sha256_of(source: PictureSource) -> str:
-    """sha256 of a file; of a folder that of the lines `<sha256>  <name>` of its pictures, in natural order.
-
-    A picture of Pillow or a tensor has the one of its bytes and shape.
-    """
-    if isinstance(source, Tensor | Image.Image):
-        array = source.detach().float().cpu().numpy() if isinstance(source, Tensor) else np.asarray(read_image(source))
-        return hashlib.sha256(f"{list(array.shape)}".encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
-    path = Path(source)
+def sha256_of(path: PathLike) -> str:
+    """sha256 of a file; of a folder that of the lines `<sha256>  <name>` of its pictures, in natural order."""
+    path = Path(path)
     if path.is_dir():
         lines = (f"{sha256_of(file)}  {file.name}\n" for file in picture_files(path))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -102,7 +77,9 @@ def _frames(
     images = _one_size(_pictures(path, _rate(fps)), path, what)
     chosen = deque(images, maxlen=last) if last is not None else islice(images, frames)
     found = [np.asarray(fit(image, size, resample) if size else image) for image in chosen]
-    _check_count(len(found), frames, f"'{path}'", what, f" at {fps:g} a second" if fps and not _is_pictures(path) else "")
+    if frames is not None and len(found) < frames:
+        rate = f" at {fps:g} a second" if fps and not _is_pictures(path) else ""
+        raise ValueError(f"'{path}' has {len(found)} frames{rate}, {frames} are needed: give a longer {what}, or ask for fewer frames")
     return np.stack(found)
 
 
@@ -120,32 +97,6 @@ def _one_size(images: Iterable[Image.Image], path: Path, what: str) -> Iterator[
 
 def _pictures(path: Path, fps: Fraction | None) -> Iterator[Image.Image]:
     return map(read_image, _files(path)) if _is_pictures(path) else film_frames(path, fps)
-
-
-def _of_tensor(source: Tensor, channels: int, what: str, frames: int | None, last: int | None, size: Size | None) -> Tensor:
-    """A clip that is a tensor already; where it is scaled, by way of 8 bits."""
-    _check(frames, last, size)
-    clip, (low, high) = _batchless(source), (-1.0, 1.0) if channels == 3 else (0.0, 1.0)
-    if clip.shape[0] != channels or not bool(((clip >= low - 1e-3) & (clip <= high + 1e-3)).all()):
-        raise ValueError(f"a {what} is a tensor [{channels}, T, H, W] in {low:g}..{high:g}, got {list(source.shape)} or other numbers")
-    _check_count(clip.shape[1], frames, f"the {what}", what, "")
-    clip = clip[:, :frames] if last is None else clip[:, -last:]
-    if size is None or size == (clip.shape[3], clip.shape[2]):
-        return clip
-    pixels = to_frames(clip if channels == 3 else clip.expand(3, -1, -1, -1) * 2 - 1)
-    resample = Image.Resampling.LANCZOS if channels == 3 else Image.Resampling.NEAREST
-    scaled = np.stack([np.asarray(fit(Image.fromarray(frame), size, resample)) for frame in pixels])
-    levels = torch.from_numpy(scaled).permute(3, 0, 1, 2).float()
-    return levels.div_(127.5).sub_(1.0) if channels == 3 else levels[:1] / 255.0
-
-
-def _batchless(source: Tensor) -> Tensor:
-    clip = source[0] if source.ndim == 5 and source.shape[0] == 1 else source
-    if clip.ndim != 4 or not clip.is_floating_point() or not clip.numel():
-        raise ValueError(
-            f"a clip is a floating-point tensor [channels, T, H, W], got {str(source.dtype).removeprefix('torch.')} {list(source.shape)}"
-        )
-    return clip.detach().float().cpu()
 
 
 def _existing(source: PathLike, what: str) -> Path:
@@ -179,8 +130,3 @@ def _check(frames: int | None, last: int | None, size: Size | None) -> None:
         raise ValueError("give frames, for the first ones, or last, not both")
     if size is not None and min(size) < 1:
         raise ValueError(f"size must be a positive width and height, got {size[0]}x{size[1]}")
-
-
-def _check_count(found: int, frames: int | None, name: str, what: str, rate: str) -> None:
-    if frames is not None and found < frames:
-        raise ValueError(f"{name} has {found} frames{rate}, {frames} are needed: give a longer {what}, or ask for fewer frames")
