@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wan_text import TextEncoder, UMT5Config, load_text_encoder
 from wan_text._shared.gguf_file import read_gguf
+from wan_text._shared.quantised import packed_state, quantise_rows
 from wan_text.layouts import COMFY, GGUF, HUGGING_FACE, OFFICIAL, OWN, table
-from wan_text.quantised import packed_state, quantise_rows
 from wan_text.streaming import StreamingTextEncoder
 
 State = dict[str, Tensor]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from wan_text import TextEncoder, load_text_encoder, umt5
-from wan_text.quantised import quantise_rows
+from wan_text._shared.quantised import quantise_rows
 
 PROMPTS = ["a red circle", "", "a blue star moves up"]
 

@@ -9,6 +9,7 @@ Shape suffixes: B batch, L tokens, M context rows, D width, P rotary pairs, R ti
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ._shared.packed import PackedState
-from ._shared.weights import Pretrained
+from ._shared.packed import PackedState, kinds
+from ._shared.quantised import Quantisation, build_quantised, packed_state
+from ._shared.weights import Pretrained, default_dtype, fingerprint, locate
 from .attention import CrossAttention, SelfAttention, pad_bias
 from .checkpoint import HUB_FILES, read_checkpoint
 from .conditions import CameraAdapter, ImageEmbedder, reference_embedding
@@ -63,7 +65,7 @@ class Block(nn.Module):
     def forward(
         self, x_BLD: Tensor, rope_LP: Tensor, modulation_R6D: Tensor, rows_BL: Tensor, context: KeysValues, bias: Tensor | None
     ) -> Tensor:
-        dtype = self.self_attn.q.weight.dtype
+        dtype = self.self_attn.q.bias.dtype  # that of the weights too, unless they are in 8 bits
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.to(modulation_R6D.dtype) + modulation_R6D).unbind(1)
         h_BLD = modulated_norm(x_BLD, shift1, scale1, rows_BL, self.eps)
         x_BLD = gated_add(x_BLD, self.self_attn(h_BLD.to(dtype), rope_LP), gate1, rows_BL)
@@ -127,7 +129,7 @@ class Trunk(nn.Module):
             if block.before_proj is not None:
                 vace_BLD = block.before_proj(vace_BLD).to(x_BLD.dtype) + x_BLD
             vace_BLD = block(vace_BLD, *shared, keys_values, context.bias)
-            hints[i] = block.after_proj(vace_BLD.to(block.after_proj.weight.dtype))
+            hints[i] = block.after_proj(vace_BLD.to(block.after_proj.bias.dtype))
         return hints
 
 
@@ -310,4 +312,27 @@ class WanDiT(Pretrained):
 
     @classmethod
     def official_names(cls, config: DiTConfig) -> dict[str, str]:
-        return names(config, "official")
+        found = names(config, "official")
+        return found | {f"{own}_scale": f"{official}_scale" for own, official in found.items() if own.startswith("trunk.")}
+
+    def fingerprint(self) -> str:
+        """sha256 of the weights under their official names; of those in 8 bits the numbers that they stand for."""
+        state, table = packed_state(self.state_dict()), self.official_names(self.config)
+        dtype = self.patch_embedding.weight.dtype if kinds(state) else None
+        return fingerprint({table[key]: value for key, value in state.items()}, dtype)
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, dtype: Any = None, device: Any = None, quantise: Quantisation | None = None
+    ) -> Self:
+        """Load a file, a folder or a Hub id in any layout.
+
+        dtype None is fp32 on a CPU and the checkpoint's own on a GPU (bf16 where that is fp32); device None is the CPU.
+        quantise: `"fp8"` or `"int8"` keeps the weights of the blocks' linear layers in 8 bits; those that a file has so stay as they are
+        """
+        if quantise is None:
+            return super().from_pretrained(source, dtype=dtype, device=device)
+        path = locate(source, cls.hub_files)
+        config, state = cls.read_checkpoint(path)
+        dtype = dtype or default_dtype(state, torch.device(device or "cpu"))
+        return build_quantised(lambda: cls(config), state, "trunk", quantise, dtype=dtype, device=device, source=path)
+

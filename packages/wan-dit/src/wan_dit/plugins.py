@@ -1,4 +1,4 @@
-"""The kinds `wan_backbones`, `wan_schedulers` and `wan_models`: hooks, spec records and lookups. Imports no torch."""
+"""The kinds of this package, backbones to models: hooks, spec records and lookups. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pluggy
 
 PART_KINDS = {"backbone": "wan_backbones", "vae": "wan_vaes", "text_encoder": "wan_text_encoders", "scheduler": "wan_schedulers"}
+WAN_DIT = "wan_dit.model:WanDiT"
 INSTALL = {"wan_vaes": "wan-vae", "wan_text_encoders": "wan-text"}
 
 
@@ -52,6 +53,28 @@ class SchedulerSpec(Spec):
 
     def load(self) -> Any:
         return self.resolve()()
+
+
+@dataclass(frozen=True)
+class AttentionSpec(Spec):
+    """Self-attention: `target` is a function `(q, k, v) -> out`, all `[B, tokens, heads, head_dim]`.
+
+    One that takes `with_lse=True` returns `(out, lse)`, lse fp32 `[B, tokens, heads]` in natural units; a ring needs that
+    tolerance: largest relative L2 error against exact attention in fp32 at which a probe lets it pass; None is what the type of the
+    tensors explains
+    package: what to install where the target's module is missing
+    """
+
+    tolerance: float | None = field(default=None, kw_only=True)
+    package: str = field(default="", kw_only=True)
+
+
+@dataclass(frozen=True)
+class CacheSpec(Spec):
+    """A cache that trades quality for speed: `target(**settings)` returns an object with `start` (see wan_dit.contracts.Cache).
+
+    Settings are keyword arguments of the target, of the types of their defaults.
+    """
 
 
 @dataclass(frozen=True)
@@ -102,6 +125,14 @@ class Hooks:
         """Schedulers, as specs."""
 
     @hookspec
+    def wan_attentions(self) -> Iterable[AttentionSpec]:  # type: ignore[empty-body]
+        """Kernels of self-attention, as specs."""
+
+    @hookspec
+    def wan_caches(self) -> Iterable[CacheSpec]:  # type: ignore[empty-body]
+        """Caches that leave out part of the work of some evaluations, as specs."""
+
+    @hookspec
     def wan_models(self) -> Iterable[VideoModelSpec]:  # type: ignore[empty-body]
         """Models: a backbone, a VAE, a text encoder, a scheduler and their defaults."""
 
@@ -116,6 +147,28 @@ def find(kind: str, ref: str, pm: pluggy.PluginManager | None = None, *, typed: 
     return resolve(kind, ref, pm or plugin_manager(), typed=typed, install=INSTALL.get(kind, ""))
 
 
-def load_backbone(ref: str = "wan-dit:tiny", *, dtype: Any = None, device: Any = None, pm: pluggy.PluginManager | None = None) -> Any:
-    """Load a backbone by path, name, Hub id or import string, in eval mode."""
-    return find("wan_backbones", ref, pm).load(dtype=dtype, device=device)
+def load_backbone(
+    ref: str = "wan-dit:tiny", *, dtype: Any = None, device: Any = None, quantise: str | None = None, pm: pluggy.PluginManager | None = None
+) -> Any:
+    """Load a backbone by path, name, Hub id or import string, in eval mode.
+
+    quantise: `"fp8"` or `"int8"` keeps the weights of the blocks in 8 bits; of this package's transformer alone
+    """
+    return load_spec(find("wan_backbones", ref, pm), dtype=dtype, device=device, quantise=quantise)
+
+
+def load_spec(spec: BackboneSpec, *, dtype: Any = None, device: Any = None, quantise: str | None = None) -> Any:
+    """What `load_backbone` loads for a spec."""
+    if quantise is None:
+        return spec.load(dtype=dtype, device=device)
+    weights = own_weights(spec)
+    loaded = spec.resolve().from_pretrained(weights, dtype=dtype, device=device, quantise=quantise)
+    loaded.name = None if spec.name == spec.weights else spec.name
+    return loaded
+
+
+def own_weights(spec: BackboneSpec) -> str:
+    """Where the weights of this package's transformer are; ValueError for another backbone, and for one without weights."""
+    if spec.target != WAN_DIT or spec.weights is None:
+        raise ValueError(f"'{spec.name}' is no Wan transformer with weights: it can be neither quantised nor offloaded")
+    return spec.weights

@@ -6,18 +6,18 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from . import checkpoint
 from ._shared.packed import PackedState, kinds
+from ._shared.quantised import build_quantised, packed_state
 from ._shared.weights import Pretrained, build, default_dtype, fingerprint, locate
 from .config import UMT5Config
 from .layouts import official_names
 from .plugins import TextEncoderSpec
-from .quantised import Quantisation, linears, packed_state, quantise_state, replace_linears
 from .tokenizer import PAD, Tokenizer, Tokens, clean, cleaner_id, train_tokenizer
 from .umt5 import UMT5Encoder
 
@@ -106,7 +106,7 @@ class TextEncoder(PromptEncoder, Pretrained):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str], *, dtype: Any = None, device: Any = None, quantise: Quantisation | None = None
+        cls, source: str | os.PathLike[str], *, dtype: Any = None, device: Any = None, quantise: Literal["int8"] | None = None
     ) -> Self:
         """Load a folder, a file or a Hub id in any layout.
 
@@ -119,17 +119,7 @@ class TextEncoder(PromptEncoder, Pretrained):
         dtype = dtype or default_dtype(state, torch.device(device or "cpu"))
         if not quantise and "int8" not in kinds(state):
             return build(lambda: cls.make(config, path), state, dtype=dtype, device=device, source=path)
-        with torch.device("meta"):
-            layers = {f"{_PREFIX}{name}" for name, _ in linears(UMT5Encoder(config))}
-
-        def make() -> TextEncoder:
-            encoder = cls.make(config, path)
-            replace_linears(encoder.umt5)
-            return encoder
-
-        state = quantise_state(state, layers)
-        kept = {f"{name}.{field}" for name in layers for field in ("weight", "weight_scale")}
-        return cast(Self, build(make, state, dtype=dtype, device=device, source=path, kept=kept))
+        return build_quantised(lambda: cls.make(config, path), state, "umt5", "int8", dtype=dtype, device=device, source=path)
 
     @classmethod
     def make(cls, config: UMT5Config, path: Path) -> Self:

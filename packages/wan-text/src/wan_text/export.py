@@ -14,11 +14,11 @@ from ._shared.files import replacing
 from ._shared.lazy import SHORT, Lazy, plain, save_lazily
 from ._shared.lazy import own_dtype as own_dtype
 from ._shared.packed import PackedState, Stored
+from ._shared.quantised import quantise_rows
 from ._shared.weights import CHECKSUMS
 from .checkpoint import FORMAT, OFFICIAL_TOKENIZER
 from .config import UMT5Config
 from .layouts import BLOCK_NAMES, HF_FIELDS, HUGGING_FACE, OFFICIAL, OWN, SPIECE, table
-from .quantised import quantise_rows
 
 QUANTISED = tuple(f".{name}.weight" for name, *_ in BLOCK_NAMES if name.startswith(("attn.", "ffn.")))
 # of a umT5 that transformers reads, besides its sizes
