@@ -7,7 +7,7 @@ backbone predicts velocity = noise - data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -128,3 +128,42 @@ class Scheduler(Protocol):
 
     def step(self, state: dict[str, Any], velocity: Tensor, sample: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The sample after evaluation `state["i"]`, which it advances."""
+
+
+class CacheRun(Protocol):
+    """One request under a cache: a state for each of the two forwards of guidance, which starts anew with another expert."""
+
+    def velocity(
+        self,
+        backbone: Backbone,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Context,
+        negative_context: Context | None,
+        scale: float,
+        conditioning: Conditioning | None = None,
+        *,
+        step: int,
+        expert: str | int = 0,
+        guided: Callable[..., Tensor],
+    ) -> Tensor:
+        """What `guided(backbone, ..., conditioning)` computes, with less work, at evaluation `step` of the backbone `expert`."""
+
+    def report(self) -> dict[str, Any]:
+        """`evaluations`, how many of them were `skipped`, what that `skips`, and the two counts by branch in `branches`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and names, from which a new run of the same cache goes on to the same bits."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+
+
+class Cache(Protocol):
+    """A policy that leaves out part of the work of some evaluations; without state, so that one object serves many requests.
+
+    One that chooses among the forwards of guidance, and leaves each of them as it is, says so in an attribute `of_guidance`.
+    """
+
+    def start(self, timesteps: Tensor, boundary: float | None = None, group: Any = None) -> CacheRun:
+        """A new request: timesteps `[E]`, where the second expert takes over, and the processes that have to decide alike."""

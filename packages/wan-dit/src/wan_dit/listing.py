@@ -17,6 +17,8 @@ KINDS = {
     "wan_prompt_rewriters": "wan-text",
     "wan_backbones": "wan-dit",
     "wan_schedulers": "wan-dit",
+    "wan_attentions": "wan-dit",
+    "wan_caches": "wan-dit",
     "wan_models": "wan-dit",
     "wan_objectives": "wan-train",
     "wan_datasets": "wan-train",

@@ -10,6 +10,8 @@ Shape suffixes: B batch, L tokens, M context rows, D width, P rotary pairs, R ti
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -42,6 +44,7 @@ from .plugins import BackboneSpec
 from .rope import rope_table
 
 Grid = tuple[int, int, int]
+RunTrunk = Callable[..., Tensor]
 ALL, NOTHING = slice(None), Conditioning()
 
 
@@ -232,12 +235,20 @@ class WanDiT(Pretrained):
         embedded: Tensor = self.image_embedder(images.to(self.patch_embedding.weight))
         return embedded
 
-    def forward(self, latents: Tensor, timestep: Tensor, context: Context, conditioning: Conditioning | None = None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Context,
+        conditioning: Conditioning | None = None,
+        run_trunk: RunTrunk | None = None,
+    ) -> Tensor:
         """Velocity `[B, out_dim, T', H', W']` in fp32.
 
         latents: `[B, C, T', H', W']`, H' and W' multiples of the patch
         timestep: 0..1000, `[B]`, or `[B, T']` where every latent frame has its own; never bf16
         context: from `encode_context`, of the same batch size
+        run_trunk: called with the trunk and its arguments in its place, as a cache that may know the result from an earlier step
         """
         given = conditioning or NOTHING
         residual, modulation = precision_types(self.precision, self.patch_embedding.weight.dtype)
@@ -252,7 +263,8 @@ class WanDiT(Pretrained):
         modulation_R6D = self.time_projection(time_RD).unflatten(-1, (6, -1)).to(modulation)
         vace_BLD = None if given.vace is None else self.vace_patch_embedding(given.vace)
         rope_LP = rope_table(grid, self.config.head_dim, x_BLD.device)
-        x_BLD = self.trunk(x_BLD.to(residual), rope_LP, modulation_R6D, rows_BL, context, vace_BLD, given.vace_scale)
+        trunk = self.trunk if run_trunk is None else partial(run_trunk, self.trunk)
+        x_BLD = trunk(x_BLD.to(residual), rope_LP, modulation_R6D, rows_BL, context, vace_BLD, given.vace_scale)
         velocity = self.head(x_BLD, time_RD, rows_BL, grid)
         return velocity if given.reference is None else velocity[:, :, self.config.patch_size[0] :]
 

@@ -1,10 +1,10 @@
-"""The backbones, schedulers and models of this package."""
+"""The parts and models of this package."""
 
 from __future__ import annotations
 
 from functools import partial
 
-from .plugins import BackboneSpec, SchedulerSpec, VideoModelSpec, hookimpl
+from .plugins import AttentionSpec, BackboneSpec, CacheSpec, SchedulerSpec, VideoModelSpec, hookimpl
 
 _Backbone = partial(BackboneSpec, target="wan_dit.model:WanDiT", format="wan-dit/1", describe="wan_dit.checkpoint:describe")
 _Wan21 = partial(
@@ -94,6 +94,35 @@ def wan_schedulers() -> list[SchedulerSpec]:
         SchedulerSpec("fastwan-3step", f"{own}.step_list:fastwan_3step", summary="FastWan, fresh noise"),
         SchedulerSpec("rcm-4step", f"{own}.trigflow:TrigFlow", summary="rCM and TurboDiffusion, 1 to 4 steps, fresh noise"),
         SchedulerSpec("rcm-i2v-4step", f"{own}.trigflow:rcm_i2v_4step", summary="the same, image to video"),
+    ]
+
+
+@hookimpl
+def wan_attentions() -> list[AttentionSpec]:
+    own = "wan_dit.attentions"
+    return [
+        AttentionSpec("sdpa", "wan_dit.attention:sdpa", summary="the kernel that torch chooses: the default"),
+        AttentionSpec("sdpa-math", f"{own}:sdpa_math", summary="torch, matrix products: slow, on every device"),
+        AttentionSpec("sdpa-flash", f"{own}:sdpa_flash", summary="torch, flash attention"),
+        AttentionSpec("sdpa-efficient", f"{own}:sdpa_efficient", summary="torch, memory-efficient attention, GPU"),
+        AttentionSpec("sdpa-cudnn", f"{own}:sdpa_cudnn", summary="torch, cuDNN, GPU"),
+        AttentionSpec("flash", f"{own}:flash", package="flash-attn", summary="FlashAttention 3 or 2, GPU in half precision"),
+        AttentionSpec(
+            "sage", f"{own}:sage", package="sageattention", tolerance=0.1, summary="SageAttention, 8 bits, GPU in half precision"
+        ),
+    ]
+
+
+@hookimpl
+def wan_caches() -> list[CacheSpec]:
+    own = "wan_dit.caching"
+    return [
+        CacheSpec("teacache", f"{own}.teacache:TeaCache", summary="no trunk while the time embedding changes little"),
+        CacheSpec("magcache", f"{own}.magcache:MagCache", summary="no trunk while its magnitude, measured beforehand, changes little"),
+        CacheSpec("easycache", f"{own}.easycache:EasyCache", summary="no forward while the velocity should change little"),
+        CacheSpec("first-block", f"{own}.firstblock:FirstBlockCache", summary="only the first block while its output changes little"),
+        CacheSpec("attention", f"{own}.attention_cache:AttentionCache", summary="self-attention every few evaluations"),
+        CacheSpec("cfg-gate", f"{own}.cfg_gate:CfgGate", summary="no negative prompt late in a run; goes with another: NAME+cfg-gate"),
     ]
 
 

@@ -22,6 +22,8 @@ FIELDS = {  # what a spec of a kind must have, so that every package can list ev
     "wan_text_encoders": ("target", "load", "embedding_space", "embed_dim", "max_tokens"),
     "wan_backbones": ("target", "load", "latent_space", "latent_channels", "stride", "embedding_space", "text_dim", "text_len", "patch"),
     "wan_schedulers": ("target", "load"),
+    "wan_attentions": ("target", "resolve"),
+    "wan_caches": ("target", "resolve"),
     "wan_models": ("backbone", "vae", "text_encoder", "scheduler", "steps", "shift", "guidance", "size", "frames", "fps"),
     "wan_objectives": ("target", "resolve"),
     "wan_datasets": ("target", "resolve"),

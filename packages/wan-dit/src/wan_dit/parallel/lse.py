@@ -9,10 +9,14 @@ Shape suffixes: B batch, L queries, M keys, N heads, H head width.
 
 from __future__ import annotations
 
-from typing import Protocol
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ..attention import sdpa
 
 aten = torch.ops.aten
 QUERIES = 1024  # that PlainLse holds the scores of at a time
@@ -99,6 +103,34 @@ def lse_attention(q_BLNH: Tensor) -> LseAttention:
     if q_BLNH.device.type == "cuda" and q_BLNH.dtype in (torch.float16, torch.bfloat16) and q_BLNH.shape[-1] % 8 == 0:
         return CudaFlash()
     return PlainLse()
+
+
+class GivenLse:
+    """An attention that returns its log-sum-exp, asked `with_lse=True`; its backward is that of torch's kernel."""
+
+    def __init__(self, attend: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.attend = attend
+
+    def forward(self, q_BLNH: Tensor, k_BMNH: Tensor, v_BMNH: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attend(q_BLNH, k_BMNH, v_BMNH, with_lse=True)
+
+    def backward(
+        self, grad_BLNH: Tensor, q_BLNH: Tensor, k_BMNH: Tensor, v_BMNH: Tensor, out_BLNH: Tensor, lse_BLN: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return lse_attention(q_BLNH).backward(grad_BLNH, q_BLNH, k_BMNH, v_BMNH, out_BLNH, lse_BLN)
+
+
+def ring_kernel(attend: Callable[..., Any]) -> LseAttention | None:
+    """The kernel of a ring in place of an attention; None for the one that suits the tensors, where that is the default attention.
+
+    Raises ValueError where the attention returns no log-sum-exp: a ring could not merge its parts.
+    """
+    if attend is sdpa:
+        return None
+    if "with_lse" not in inspect.signature(attend).parameters:
+        name = getattr(attend, "__qualname__", type(attend).__name__)
+        raise ValueError(f"attention {name} takes no `with_lse`, and a ring merges parts by it: use the default attention, or Ulysses")
+    return GivenLse(attend)
 
 
 def merge(out_BLNH: Tensor, lse_BLN: Tensor, part_BLNH: Tensor, part_lse_BLN: Tensor) -> tuple[Tensor, Tensor]:

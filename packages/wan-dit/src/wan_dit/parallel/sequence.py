@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import Attention
-from .lse import LseAttention
+from .lse import LseAttention, ring_kernel
 from .ring import Ring
 from .ulysses import Ulysses
 
@@ -34,14 +34,14 @@ def sequence_parallel(
 
     trunk: `wan_dit.model.Trunk`, or one like it: `blocks` (and `vace_blocks`) with `self_attn.attend`, and a forward with
     arguments of the names in `TOKEN_AXIS`
-    kernel: of the ring; Ulysses alone keeps each block's own attention
+    kernel: of the ring; None for each block's own attention, where that returns its log-sum-exp too. Ulysses alone keeps it
     Every process calls the trunk with the same whole tensors and gets the whole result. Token counts that do not divide are
     padded; padding is not attended to.
 
     Gradients are those of the sum of the losses of all processes. Averaged over the group, as DDP and FSDP do, they are the
     gradients of one process, inside the trunk and outside.
 
-    Raises ValueError where the heads do not divide by the Ulysses degree.
+    Raises ValueError where the heads do not divide by the Ulysses degree, or where a ring cannot use the blocks' attention.
     """
     ulysses, ring = (None if group is None or group.size() == 1 else group for group in (ulysses, ring))
     if ulysses is None and ring is None:
@@ -49,12 +49,17 @@ def sequence_parallel(
     blocks = [*cast(nn.ModuleList, trunk.blocks), *getattr(trunk, "vace_blocks", ())]
     if ulysses is not None:
         check_heads(blocks[0].self_attn.num_heads, ulysses.size())
+    attends = [block.self_attn.attend if ring is None else Ring(ring, kernel or ring_kernel(block.self_attn.attend)) for block in blocks]
     split = _Split(trunk, [group for group in (ulysses, ring) if group is not None])
-    for block in blocks:
-        attend = block.self_attn.attend if ring is None else Ring(ring, kernel)
+    for block, attend in zip(blocks, attends, strict=True):
         block.self_attn.attend = split.attention(attend if ulysses is None else Ulysses(ulysses, attend))
     trunk.register_forward_pre_hook(split.before, with_kwargs=True)
     trunk.register_forward_hook(split.after)
+
+
+def is_split(trunk: nn.Module) -> bool:
+    """Whether `sequence_parallel` has been applied."""
+    return any(isinstance(getattr(hook, "__self__", None), _Split) for hook in trunk._forward_pre_hooks.values())
 
 
 def check_heads(heads: int, degree: int) -> None:
