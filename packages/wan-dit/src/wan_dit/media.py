@@ -1,18 +1,23 @@
-"""Video tensors to files: an H.264 mp4 of the true pixels and a contact sheet that a person can see."""
+"""Video tensors to files: an H.264 mp4, a GIF or PNG frames of the true pixels, and a contact sheet that a person can see."""
 
 from __future__ import annotations
 
 import os
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._shared.files import replacing
+from .outputs import frame_name, is_pattern, replacing_frames, telling
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
     from torch import Tensor
 
 TILE = 160  # pixels: a 64 x 64 frame is enlarged to at least this, a large one reduced to at most twice this
+PALETTE_FRAMES = 16  # of a video, at most, that the colours of a GIF are chosen by
 BT709 = 1  # code point of ITU-T H.273: players guess the matrix where a file does not say
 
 
@@ -26,6 +31,13 @@ def to_frames(video: Tensor) -> np.ndarray[Any, Any]:
     return frames.byte().permute(1, 2, 3, 0).contiguous().numpy()
 
 
+def write(video: Tensor, path: str | os.PathLike[str], fps: float) -> Path:
+    """Write what the name asks for: a GIF, numbered frames (`FOLDER/%04d.png`), or else an mp4; whole or not at all."""
+    if is_pattern(path):
+        return write_frames(video, path)
+    return write_gif(video, path, fps) if Path(path).suffix.lower() == ".gif" else write_video(video, path, fps)
+
+
 def write_video(video: Tensor, path: str | os.PathLike[str], fps: float) -> Path:
     """Write `[1, 3, T, H, W]` in [-1, 1] as an H.264 mp4, one video pixel per pixel; the file appears whole or not at all."""
     from fractions import Fraction
@@ -36,7 +48,11 @@ def write_video(video: Tensor, path: str | os.PathLike[str], fps: float) -> Path
     frames = to_frames(video)
     height, width = frames.shape[1:3]
     reformatter = VideoReformatter()  # one for the video: a frame's own would start its threads anew, at many times the cost
-    with replacing(path) as scratch, av.open(str(scratch), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with (
+        telling(Path(path)),
+        replacing(path) as scratch,
+        av.open(str(scratch), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "12"})
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv420p" if width % 2 == 0 == height % 2 else "yuv444p"  # 4:2:0 has no odd sizes
@@ -55,6 +71,41 @@ def write_video(video: Tensor, path: str | os.PathLike[str], fps: float) -> Path
     return Path(path)
 
 
+def write_gif(video: Tensor, path: str | os.PathLike[str], fps: float) -> Path:
+    """Write `[1, 3, T, H, W]` in [-1, 1] as a GIF that repeats: one palette of 256 colours, not dithered, so that nothing flickers.
+
+    Its clock counts hundredths of a second: frames are shown for more or less, so that they keep to `fps` together.
+    ValueError above 50 frames a second, which viewers slow down.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if not 0 < fps <= 50:
+        raise ValueError(f"a GIF shows up to 50 frames a second, got {fps:g}: write an mp4")
+    frames = to_frames(video)
+    sample = np.concatenate(list(frames[:: -(-len(frames) // PALETTE_FRAMES)]))
+    palette = Image.fromarray(sample).quantize(256, method=Image.Quantize.MEDIANCUT)
+    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    times = [round(100 * i / fps) for i in range(len(frames) + 1)]
+    durations = [10 * (end - start) for start, end in pairwise(times)]
+    return _save(images[0], path, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+
+
+def write_frames(video: Tensor, path: str | os.PathLike[str]) -> Path:
+    """Write `[1, 3, T, H, W]` in [-1, 1] as PNG files of its 8-bit pixels, numbered from 1; returns their folder.
+
+    path: a pattern such as `frames/%04d.png`, or a folder, for files named so; it appears when all are written, in the place of
+        one that holds such frames
+    """
+    from PIL import Image
+
+    pattern = Path(path) if is_pattern(path) else Path(path) / "%04d.png"
+    with replacing_frames(pattern) as scratch:
+        for i, pixels in enumerate(to_frames(video), start=1):
+            _save(Image.fromarray(pixels), frame_name(scratch, i), format="PNG")
+    return pattern.parent
+
+
 def contact_sheet(video: Tensor, path: str | os.PathLike[str], columns: int = 6, *, most: int = 24) -> Path:
     """Write a PNG with up to `most` frames, evenly spaced, `columns` a row; small frames are enlarged without smoothing."""
     from PIL import Image
@@ -71,6 +122,13 @@ def contact_sheet(video: Tensor, path: str | os.PathLike[str], columns: int = 6,
     for i, pixels in enumerate(chosen):
         image = Image.fromarray(pixels).resize(tile, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX)
         sheet.paste(image, (gap + i % columns * (tile[0] + gap), gap + i // columns * (tile[1] + gap)))
-    with replacing(path) as scratch:
-        sheet.save(scratch, format="PNG")
+    return _save(sheet, path, format="PNG")
+
+
+def _save(image: Image.Image, path: str | os.PathLike[str], **options: Any) -> Path:
+    """By way of memory: Pillow takes a short write, as a disk gives that is all but full, for a whole one."""
+    content = BytesIO()
+    image.save(content, **options)
+    with telling(Path(path)), replacing(path) as scratch:
+        scratch.write_bytes(content.getvalue())
     return Path(path)
