@@ -136,6 +136,7 @@ def test_settings_reach_the_run(here: Path) -> None:
         ([PROMPT, "--size", "large"], "size 'large' is not WIDTHxHEIGHT, such as 64x64"),
         ([PROMPT, "--frames", "16"], "frames must be 1 + a multiple of 4 for backbone 'tiny', got 16; nearest: 17"),
         ([PROMPT, "--steps", "0"], "steps must be at least 1 and at most 10000, got 0"),
+        ([], "give a prompt, such as 'a red circle moves left'"),
         ([""], "the prompt is empty"),
         (["  "], "the prompt is empty"),
         ([" ".join(["red"] * 10_000)], "the prompt has 10000 words, text encoder 'tiny' reads at most 32 tokens: shorten it"),
@@ -159,7 +160,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert files(here) == ["file"]
 
 
-@pytest.mark.parametrize("arguments", [["generate"], ["generate", PROMPT, "--steps", "few"], ["generate", PROMPT, "--what"], [], ["nope"]])
+@pytest.mark.parametrize("arguments", [["generate", PROMPT, "--steps", "few"], ["generate", PROMPT, "--what"], [], ["nope"]])
 def test_usage_errors_are_one_line_too(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)

@@ -31,7 +31,7 @@ def test_everything_that_decides_the_pixels_is_recorded(result: Result, saved: P
     record = manifest.read(saved)
     assert (record.prompt, record.negative_prompt, record.seed, record.noise_device) == (PROMPT, "", 4, "cpu")
     assert (record.steps, record.shift, record.guidance, record.frames, record.size, record.fps) == (2, 2.0, 2.0, 5, (32, 16), 8)
-    assert {part: (made.name, made.dist, made.version) for part, made in record.parts} == {
+    assert {part: (made.name, made.dist, made.version) for part, made in record.parts if made} == {
         "backbone": ("tiny", "wan-dit", "0.1.0"),
         "vae": ("tiny", "wan-vae", "0.1.0"),
         "text_encoder": ("tiny", "wan-text", "0.1.0"),
@@ -121,7 +121,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("seed", 2**63, "seed: "),
     ("shift", 0, "shift: Input should be greater than 0"),
     ("shift", float("nan"), "shift: "),
-    ("guidance", float("inf"), "guidance: "),
+    ("guidance", float("inf"), "guidance."),
     ("dtype", "nn", "dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
     ("dtype", "load", "dtype: "),
     ("noise_device", "cuda", "noise_device: Input should be 'cpu'"),

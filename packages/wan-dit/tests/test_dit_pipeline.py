@@ -298,7 +298,7 @@ def test_another_authors_parts_are_used_by_name(acme: Any) -> None:
     assert isinstance(result, Result)
     assert (result.video[..., 0, 0] == 1).all()
     assert (result.video[..., 1:8, :8] == -1).all()
-    assert result.manifest["parts"]["vae"] == {"name": "acme", "dist": "acme-wan", "version": "1.0", "weights": None}
+    assert result.manifest["parts"]["vae"] == {"name": "acme", "dist": "acme-wan", "version": "1.0", "weights": None, "revision": None}
 
 
 def test_a_lookup_uses_the_manager_it_is_given() -> None:

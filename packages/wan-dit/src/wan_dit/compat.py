@@ -18,16 +18,20 @@ if TYPE_CHECKING:
 _FIELDS = {
     "wan_vaes": (("latent_space", "latent_space"), ("latent_channels", "latent_channels"), ("stride", "stride")),
     "wan_text_encoders": (("embedding_space", "embedding_space"), ("embed_dim", "text_dim"), ("max_tokens", "text_len")),
+    "wan_image_encoders": (("image_dim", "image_dim"),),
 }
 
 
-def check(backbone: Any, vae: Any, text: Any, *, pm: pluggy.PluginManager | None = None) -> None:
-    """Raise ValueError where the VAE or the text encoder does not fit the backbone.
+def check(backbone: Any, vae: Any, text: Any, image: Any = None, *, pm: pluggy.PluginManager | None = None) -> None:
+    """Raise ValueError where the VAE, the text encoder or the image encoder does not fit the backbone.
 
-    backbone, vae, text: specs, or anything with the same fields
+    backbone, vae, text, image: specs, or anything with the same fields; image None is none
     The message says which field differs and which installed parts would fit.
     """
-    for kind, part in (("wan_vaes", vae), ("wan_text_encoders", text)):
+    parts = [("wan_vaes", vae), ("wan_text_encoders", text)]
+    if image is not None and getattr(backbone, "image_dim", None) is not None:
+        parts.append(("wan_image_encoders", image))
+    for kind, part in parts:
         if problem := mismatch(kind, part, backbone):
             raise ValueError(
                 f"{label(kind)} '{part.name}' does not fit backbone '{backbone.name}': {problem}; {_advice(kind, backbone, pm)}"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .pipeline import Result
+    from torch import Tensor
+
+    from .result import Result
+    from .state import RunState
 
 
 @dataclass(frozen=True)
 class Loading:
     """A part is about to be read from disk, on its first use only.
 
-    part: `"text_encoder"`, `"backbone"` or `"vae"`
+    part: `"text_encoder"`, `"image_encoder"`, `"vae"`, `"backbone"` or `"low_noise_backbone"`
     """
 
     part: str
@@ -28,18 +31,32 @@ class Encoding:
 
 
 @dataclass(frozen=True)
+class Preparing:
+    """Images and videos that the task was given are about to be encoded.
+
+    task: its name
+    """
+
+    task: str
+
+
+@dataclass(frozen=True)
 class Step:
     """One model evaluation is done.
 
     i: 1 to n
     seconds: this evaluation alone
     sigma: noise level after it; 0 at the last
+    denoised: the video as predicted now, latents `[1, C, T', H', W']`, for `Pipeline.preview`
+    state: what it takes to go on from here, for `RunState.save` and `Pipeline.stream(resume=)`
     """
 
     i: int
     n: int
     seconds: float
     sigma: float
+    denoised: Tensor | None = field(default=None, repr=False, compare=False)
+    state: RunState | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -56,4 +73,4 @@ class Done:
     result: Result
 
 
-Event = Loading | Encoding | Step | Decoding | Done
+Event = Loading | Encoding | Preparing | Step | Decoding | Done

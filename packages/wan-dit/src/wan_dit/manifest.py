@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .inputs import sha256_of
 from .media import to_frames
 from .request import LARGEST
 
@@ -30,6 +31,7 @@ class Part(BaseModel):
     """A part by name. `dist` is None where a path, a Hub id, an import string or an object was given.
 
     weights: fingerprint of the weights as loaded
+    revision: commit of the Hub repository that they came from
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +40,7 @@ class Part(BaseModel):
     dist: str | None = None
     version: str | None = None
     weights: str | None = None
+    revision: str | None = None
 
 
 class Parts(BaseModel):
@@ -49,14 +52,57 @@ class Parts(BaseModel):
     vae: Part
     text_encoder: Part
     scheduler: Part
+    low_noise_backbone: Part | None = None
+    image_encoder: Part | None = None
 
 
-class Manifest(BaseModel):
-    """One generated video.
+class InputFile(BaseModel):
+    """Something a run was given besides text; `path` is None where it was an object in memory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str | None
+    sha256: str
+
+
+class TaskRecord(BaseModel):
+    """A task (see `wan_dit.tasks.record`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "t2v"
+    inputs: dict[str, InputFile] = {}
+    settings: dict[str, Any] = {}
+
+
+class LoraRecord(InputFile):
+    """A LoRA, its strength, and the expert that it was for."""
+
+    strength: Annotated[float, Field(allow_inf_nan=False)]
+    expert: Literal["high", "low"] | None = None
+
+
+class Options(BaseModel):
+    """How the backbone was run; what is None is the default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    precision: Literal["official", "diffusers", "fast"] | None = None
+    attention: str | None = None
+    cache: str | None = None
+    offload: Literal["model", "blocks", "stream"] | None = None
+    quantise: Literal["int8", "fp8"] | None = None
+    compat: Literal["official"] | None = None
+    context_embedder: InputFile | None = None
+    processes: dict[str, int] = {}
+
+
+class Run(BaseModel):
+    """Everything that decides the pixels.
 
     dtype: as asked for, None is each part's default
-    size: (width, height); sigmas: sha256 of the float32 noise levels; frames_sha256: of the uint8 frames `[T, H, W, 3]`
-    timings: seconds by phase
+    guidance: one number, or those of the low-noise and of the high-noise expert
+    size: (width, height); sigmas: sha256 of the float32 noise levels
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -67,9 +113,12 @@ class Manifest(BaseModel):
     model: Part
     parts: Parts
     context: str | None
+    task: TaskRecord = TaskRecord()
+    loras: tuple[LoraRecord, ...] = ()
+    options: Options = Options()
     steps: Annotated[int, Field(ge=1, le=LARGEST["steps"])]
     shift: Annotated[Finite, Field(gt=0)]
-    guidance: Finite
+    guidance: Finite | tuple[Finite, Finite]
     seed: Annotated[int, Field(ge=0, le=LARGEST["seed"])]
     noise_device: Literal["cpu"]
     device: str
@@ -79,8 +128,18 @@ class Manifest(BaseModel):
     fps: Annotated[int, Field(ge=1)]
     sigmas: str
     versions: dict[str, str]
+
+
+class Manifest(Run):
+    """One generated video.
+
+    timings: seconds by phase; frames_sha256: of the uint8 frames `[T, H, W, 3]`
+    cache: evaluations and what was skipped, where a cache was used
+    """
+
     timings: dict[str, Finite]
     frames_sha256: str
+    cache: dict[str, Any] | None = None
 
 
 def read(path: str | os.PathLike[str]) -> Manifest:
@@ -100,10 +159,21 @@ def read(path: str | os.PathLike[str]) -> Manifest:
     return record
 
 
-def differences(before: Manifest, after: Manifest) -> list[str]:
+def differences(before: Run, after: Run) -> list[str]:
     """What changed between two runs of one manifest, one line each; timings aside."""
-    old, new = _flat(before.model_dump(exclude={"timings"})), _flat(after.model_dump(exclude={"timings"}))
+    old, new = _flat(before.model_dump(exclude={"timings", "cache"})), _flat(after.model_dump(exclude={"timings", "cache"}))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+
+
+def recorded_file(what: str, file: InputFile) -> str:
+    """The path of a file that a run was given; ValueError where it was none, is gone or has changed since."""
+    if file.path is None:
+        raise ValueError(f"the {what} of the run was an object in memory, which a record cannot hold: run it again from Python")
+    if file.sha256 and not Path(file.path).exists():
+        raise FileNotFoundError(f"the {what} of the run, '{file.path}', is gone")
+    if file.sha256 and sha256_of(file.path) != file.sha256:
+        raise ValueError(f"the {what} of the run, '{file.path}', has changed since")
+    return file.path
 
 
 def versions() -> dict[str, str]:

@@ -8,66 +8,37 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
-from . import compat, manifest, outputs
-from ._shared.files import replacing
+from . import manifest
 from ._shared.weights import usable_device
 from .context_files import ContextFiles
-from .events import Decoding, Done, Encoding, Event, Loading, Step
-from .guidance import guided_velocity
-from .listing import origin
-from .plugins import PART_KINDS, PluginManager, VideoModelSpec, find, plugin_manager
+from .events import Decoding, Done, Encoding, Event, Loading, Preparing, Step
+from .find_model import find_model
+from .parts import KINDS, Parts
+from .plugins import PluginManager, VideoModelSpec, plugin_manager
 from .request import Request, make_request, unknown_words
-from .schedulers.diffusers import as_scheduler
+from .result import Result, Timings
+from .sampling import Sampling
+from .setup import BackboneSetup
+from .state import RunState
+from .tasks import TextToVideo
+from .tasks.record import recorded
+from .tasks.task import COMPATS, Compat, Encoders, Prepared, Target, Task
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .contracts import Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PHASES = ("load", "text", "denoise", "decode")
-Timings = dict[str, float]
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """A generated video.
-
-    video: `[1, 3, T, H, W]` float32 in [-1, 1] on the CPU
-    timings: seconds for load, text, denoise and decode
-    manifest: the fields of `wan_dit.manifest.Manifest`
-    """
-
-    video: Tensor = field(repr=False)
-    fps: int
-    seed: int
-    timings: Timings
-    manifest: dict[str, Any] = field(repr=False)
-
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
-        """Write FILE.mp4 and beside it a contact sheet (.png) and the run manifest (.json), all or none; returns the three paths.
-
-        Raises OSError where one of them exists and `overwrite` is not set, ValueError where `path` does not end in .mp4.
-        """
-        from . import media
-
-        began = time.perf_counter()
-        files = outputs.check(path, overwrite=overwrite)
-        with replacing(files[0]) as video, replacing(files[1]) as sheet, replacing(files[2]) as record:
-            media.write_video(self.video, video, self.fps)
-            media.contact_sheet(self.video, sheet)
-            self.timings["write"] = time.perf_counter() - began
-            made = manifest.Manifest(**{**self.manifest, "timings": self.timings})
-            record.write_text(made.model_dump_json(indent=2) + "\n")
-        return list(files)
 
 
 class Pipeline:
@@ -78,45 +49,60 @@ class Pipeline:
 
     def __init__(
         self,
-        model: str | VideoModelSpec = "wan-dit:tiny",
+        model: str | os.PathLike[str] | VideoModelSpec = "wan-dit:tiny",
         *,
-        vae: Any = None,
-        text_encoder: Any = None,
-        backbone: Any = None,
-        scheduler: Any = None,
+        preset: str | None = None,
         context: str | os.PathLike[str] | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        compat: Compat = "fixed",
         pm: PluginManager | None = None,
+        setup: BackboneSetup | None = None,
+        **parts: Any,
     ) -> None:
         """Find the parts and check that they fit; no weights are read yet.
 
-        vae, text_encoder, backbone, scheduler: in place of the model's own: a path, name, Hub id or import string, a
-        spec, or a loaded object with a `spec`, used where and as it is; a diffusers scheduler is taken too
+        model: the name of an installed model, or what is on disk: an official release, a diffusers pipeline, a ComfyUI tree, or
+        a repository of one of these on the Hub
+        preset: the installed model whose task and settings a model on disk is used with, where its shapes do not tell
+        parts: `vae`, `text_encoder`, `backbone`, `low_noise_backbone`, `image_encoder`, `scheduler` in place of the model's own:
+        a path, name, Hub id or import string, a spec, or a loaded object with a `spec`, used where and as it is; a diffusers
+        scheduler is taken too
         context: a folder of encoded prompts, in place of a text encoder
         dtype: of all weights: `"fp32"`, `"bf16"`, `"fp16"` or torch's; None is fp32 on a CPU, the checkpoint's own on a GPU
         device: None is the CPU
+        compat: `"official"` repeats the defects of the official code, see `Target`
+        setup: LoRAs, attention, offload, processes; the default is none of them
         Raises LookupError for names that are not installed, ValueError for parts that do not fit together.
         """
-        if context is not None and text_encoder is not None:
+        if unknown := parts.keys() - KINDS.keys():
+            raise TypeError(f"Pipeline has no parameter {', '.join(sorted(unknown))}; parts are {', '.join(KINDS)}")
+        if context is not None and parts.get("text_encoder") is not None:
             raise ValueError("give a text encoder or a context folder, not both")
+        if compat not in COMPATS:
+            raise ValueError(f"compat '{compat}' is not one of {', '.join(COMPATS)}")
         self.pm = pm or plugin_manager()
-        self.model: VideoModelSpec = find("wan_models", model, self.pm) if isinstance(model, str) else model
+        given = {part: ref for part, ref in parts.items() if ref is not None}
+        if context is not None:
+            given["text_encoder"] = ContextFiles(context)
+        found = find_model(model, preset, self.pm, given=given.keys())
+        self.model, self.notes = found.model, found.notes
         self.context = None if context is None else str(context)
-        self.device, self.dtype = usable_device(device or "cpu"), _dtype(dtype)
-        self.specs: dict[str, Any] = {}
-        self._loaded: dict[str, Any] = {}
+        self.device, self.dtype, self.compat = usable_device(device or "cpu"), _dtype(dtype), compat
+        self.setup = setup or BackboneSetup()
+        self.parts = Parts(self.model, {**found.parts, **given}, self.pm, dtype=self.dtype, device=self.device, setup=self.setup)
         self._contexts: dict[str, Tensor] = {}
-        self._weights: dict[str, str | None] = {}
-        text = text_encoder if context is None else ContextFiles(context)
-        for part, ref in {"backbone": backbone, "vae": vae, "text_encoder": text, "scheduler": scheduler}.items():
-            self._add(part, ref)
-        self._check({})
+        self._preview: Any = None
 
     @classmethod
-    def from_pretrained(cls, model: str | VideoModelSpec = "wan-dit:tiny", **parts: Any) -> Self:
+    def from_pretrained(cls, model: str | os.PathLike[str] | VideoModelSpec = "wan-dit:tiny", **options: Any) -> Self:
         """`Pipeline(model, ...)` under the name that is usual for models."""
-        return cls(model, **parts)
+        return cls(model, **options)
+
+    @property
+    def specs(self) -> dict[str, Any]:
+        """Part -> spec."""
+        return self.parts.specs
 
     def __call__(self, prompt: str, *, on_event: Callable[[Event], None] | None = None, **settings: Any) -> Result:
         """Generate one video; `settings` are those of `stream`, and `on_event` is called with each of its events."""
@@ -131,24 +117,33 @@ class Pipeline:
         self,
         prompt: str,
         *,
+        task: Task | None = None,
         negative_prompt: str | None = None,
         steps: int | None = None,
         shift: float | None = None,
-        guidance: float | None = None,
+        guidance: float | tuple[float, float] | None = None,
         seed: int = 0,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
+        cache: Any = None,
+        resume: RunState | None = None,
     ) -> Iterator[Event]:
         """The events of one generation, `Done` with the result at the end. Settings that are None are the model's own; steps and shift
-        those of the scheduler, where it is made for certain ones.
+        those of the scheduler, where it is made for certain ones; frames and size those that the task's inputs suggest.
 
-        guidance: classifier-free guidance scale; 1 runs the backbone once a step and needs no negative prompt
+        task: what is given besides text (see `wan_dit.tasks`); None is text alone
+        negative_prompt: may be empty; None is the model's own
+        guidance: classifier-free guidance scale; 1 runs the backbone once a step and needs no negative prompt; a pair is for the
+        low-noise and the high-noise expert
         seed: the noise is drawn on the CPU, so that a seed means the same on every device
         frames: 1 + k * temporal stride of the VAE; size: (width, height) in pixels
+        cache: a cache that trades quality for speed (see `wan_dit.caching`), None for none
+        resume: go on from there, to the same bits; all settings have to be those of its run
         Raises ValueError at once, with the nearest valid value, before anything is loaded. Streams of one pipeline may be
-        interleaved.
+        interleaved; one that is closed stops.
         """
-        scheduler = self._loaded["scheduler"]
+        scheduler, task = self.parts["scheduler"], task or TextToVideo()
+        frames, size = self._extent(task, frames, size)
         steps = getattr(scheduler, "steps", None) if steps is None else steps
         shift = getattr(scheduler, "shift", None) if shift is None else shift
         request = make_request(
@@ -157,21 +152,52 @@ class Pipeline:
         )  # fmt: skip
         if hint := unknown_words(self.model, prompt):
             warnings.warn(hint, UserWarning, stacklevel=2)
-        return self._run(request, scheduler.schedule(request.steps, request.shift))
+        return self._run(request, task, scheduler.schedule(request.steps, request.shift), resume)
+
+    def preview(self, latents: Tensor) -> np.ndarray[Any, Any]:
+        """A rough picture of latents `[1, C, T', H', W']`, uint8 `[T', H', W', 3]`, at no cost: by a linear map that is fitted once."""
+        from .previews import fit_preview, latent_preview
+
+        if self._preview is None:
+            self.parts.load("vae")
+            self._preview = fit_preview(self.parts["vae"])
+        return latent_preview(latents, self._preview)
+
+    def _extent(self, task: Task, frames: int | None, size: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
+        """Number of frames and size, as asked for or as the inputs of the task suggest; the inputs are checked on the way."""
+        target = Target(self.model, self.specs["backbone"], self.model.size, self.model.frames, self.compat)
+        task.check(target if frames is None else replace(target, frames=frames))
+        target = replace(target, frames=frames if frames is not None else task.frames(target) or self.model.frames)
+        return target.frames, size or task.size(target) or self.model.size
 
     @torch.no_grad()
-    def _run(self, request: Request, schedule: Schedule) -> Generator[Event, None, None]:
-        timings = dict.fromkeys(PHASES, 0.0)
-        contexts = yield from self._encode(request, timings)
-        for part in ("backbone", "vae"):  # the VAE too, so that what is wrong with it is said before the long part
-            yield from self._load(part, timings)
-        self._check(self._loaded)
-        generator = torch.Generator("cpu").manual_seed(request.seed)
-        latents = yield from self._denoise(request, schedule, contexts, generator, timings)
+    def _run(self, request: Request, task: Task, schedule: Schedule, resume: RunState | None) -> Generator[Event, None, None]:
+        timings = dict.fromkeys(PHASES, 0.0) if resume is None else dict(resume.timings)
+        text = yield from self._encode(request, timings)
+        prepared = yield from self._prepare(request, task, timings)
+        everything = self.setup.offload == "none"
+        for part in (*(self.parts.experts if everything else self.parts.experts[:1]), "vae"):
+            yield from self._load(part, timings)  # all of it, so that what is wrong with a part is said before the long phase
+        self.parts.check()
+        sampling = Sampling(
+            self.parts["scheduler"], schedule, request.latent_shape(self.specs["backbone"], prepared.front), prepared,
+            seed=request.seed, scales=request.scales, boundary=self.model.boundary if len(self.parts.experts) > 1 else 0.0,
+            guide=self.setup.guide(), device=self.device,
+        )  # fmt: skip
+        record = self._record(request, task, schedule)
+        if resume is not None:
+            _check_same(resume.run, record)
+            sampling.restore(resume.latents, resume.scheduler, resume.generator)
+        yield from self._denoise(request, sampling, text, record, timings)
+        if not everything:
+            self.parts.release(*self.parts.experts)
         yield Decoding(request.frames)
         with self._timed(timings, "decode"):
-            video = self._decode(latents, request, generator)
-        yield Done(Result(video, self.model.fps, request.seed, timings, self._manifest(request, video, schedule, timings)))
+            video = self._decode(sampling.latents[:, :, prepared.front :], request, sampling.generator)
+        made = manifest.Manifest(
+            **dict(self._record(request, task, schedule)), timings=timings, frames_sha256=manifest.frames_sha256(video)
+        )
+        yield Done(Result(video, self.model.fps, request.seed, timings, made.model_dump(mode="json")))
 
     def _encode(self, request: Request, timings: Timings) -> Generator[Event, None, list[Tensor]]:
         """Text context `[L, D]` of each prompt; those of the last request are kept for the next, which often shares them."""
@@ -181,35 +207,67 @@ class Pipeline:
             yield Encoding(missing)
             with self._timed(timings, "text"):
                 for prompt in missing:  # one at a time: its context must not depend on what else is encoded with it
-                    contexts[prompt] = self._loaded["text_encoder"].encode([prompt])[0]
+                    contexts[prompt] = self.parts["text_encoder"].encode([prompt])[0]
                     self._check_finite("text_encoder", contexts[prompt], "context")
+            if self.setup.offload != "none":
+                self.parts.release("text_encoder")
         self._contexts = contexts
         return [contexts[prompt] for prompt in request.prompts]
 
-    def _denoise(
-        self, request: Request, schedule: Schedule, text: list[Tensor], generator: torch.Generator, timings: Timings
-    ) -> Generator[Event, None, Tensor]:
-        backbone, scheduler = self._loaded["backbone"], self._loaded["scheduler"]
-        dtype = _dtype_of(backbone)
-        with self._timed(timings, "denoise"):
-            contexts = [backbone.encode_context([tokens.to(self.device, dtype)]) for tokens in text]
-            context, negative_context = contexts[0], contexts[1] if request.guided else None
-            state = scheduler.start(schedule)
-            noise = torch.randn(request.latent_shape(self.specs["backbone"]), generator=generator)
-            latents = (noise * schedule.noise_scale).to(self.device)
-        count = len(schedule.timesteps)
-        for i in range(count):
-            before = timings["denoise"]
-            with self._timed(timings, "denoise"):
-                timestep = schedule.timesteps[i].to(self.device, torch.float32).reshape(1)
-                velocity = guided_velocity(backbone, latents.to(dtype), timestep, context, negative_context, request.guidance)
-                latents = scheduler.step(state, velocity.float(), latents, generator)
-            yield Step(i + 1, count, timings["denoise"] - before, float(schedule.sigmas[i + 1]))
-        self._check_finite("backbone", latents, "latents")
+    def _prepare(self, request: Request, task: Task, timings: Timings) -> Generator[Event, None, Prepared]:
+        """What the task makes of its inputs."""
+        target = Target(self.model, self.specs["backbone"], request.size, request.frames, self.compat)
+        if isinstance(task, TextToVideo) and target.scheme != "vace":
+            return Prepared()
+        sees = getattr(target.backbone, "image_dim", None) is not None
+        for part in ("vae", *(["image_encoder"] if sees else [])):
+            if part not in self.specs:
+                raise ValueError(f"backbone '{target.backbone.name}' reads image tokens, and the model has no image encoder: give one")
+            yield from self._load(part, timings)
+        yield Preparing(task.name)
+        with self._timed(timings, "prepare"):
+            prepared = task.prepare(target, Encoders(self._encode_video, self._encode_images))
+        if self.setup.offload != "none":
+            self.parts.release("image_encoder")
+        return prepared
+
+    def _encode_video(self, video: Tensor) -> Tensor:
+        vae = self.parts["vae"]
+        latents: Tensor = vae.encode(video[None].to(self.device, _dtype_of(vae))).float()
+        self._check_finite("vae", latents, "latents")
         return latents
 
+    def _encode_images(self, pictures: Sequence[Tensor]) -> Tensor:
+        """Tokens of all pictures in one row, `[1, N, D]`."""
+        tokens: Tensor = self.parts["image_encoder"].encode(list(pictures)).float()
+        self._check_finite("image_encoder", tokens, "tokens")
+        return tokens.flatten(0, 1)[None].to(self.device)
+
+    def _denoise(
+        self, request: Request, sampling: Sampling, text: list[Tensor], record: manifest.Run, timings: Timings
+    ) -> Generator[Event, None, None]:
+        count, contexts = len(sampling.schedule.timesteps), dict[str, list[Any]]()
+        while sampling.i < count:
+            expert, before = sampling.expert, timings["denoise"]
+            if not self.parts.is_loaded(expert):
+                self.parts.release(*self.parts.experts)
+                yield from self._load(expert, timings)
+                self.parts.check()
+            with self._timed(timings, "denoise"):
+                backbone = self.parts[expert]
+                dtype = _dtype_of(backbone)
+                if expert not in contexts:
+                    conditioning = sampling.prepared.conditioning
+                    contexts = {expert: [backbone.encode_context([tokens.to(self.device, dtype)], conditioning) for tokens in text]}
+                positive, negative = contexts[expert][0], contexts[expert][1] if request.guided else None
+                denoised = sampling.step(backbone, positive, negative, dtype)
+            state = RunState(record, *sampling.snapshot(), timings=dict(timings))
+            sigma = float(sampling.schedule.sigmas[sampling.i])
+            yield Step(sampling.i, count, timings["denoise"] - before, sigma, denoised, state)
+        self._check_finite(expert, sampling.latents, "latents")
+
     def _decode(self, latents: Tensor, request: Request, generator: torch.Generator) -> Tensor:
-        vae = self._loaded["vae"]
+        vae = self.parts["vae"]
         video: Tensor = vae.decode(latents.to(_dtype_of(vae)), generator=generator).float().cpu()
         expected = [1, 3, request.frames, request.size[1], request.size[0]]
         if list(video.shape) != expected:
@@ -221,61 +279,28 @@ class Pipeline:
     def _check_finite(self, part: str, made: Tensor, what: str) -> None:
         if made.isfinite().all():
             return
-        dtype = _name(_dtype_of(self._loaded[part]))
+        dtype = _name(_dtype_of(self.parts[part]))
         advice = {"float16": "try --dtype bf16 or fp32", "bfloat16": "try --dtype fp32"}.get(dtype, "its weights are damaged or do not fit")
         raise ValueError(f"{part.replace('_', ' ')} '{self.specs[part].name}' made {what} that are NaN or infinite, in {dtype}: {advice}")
 
-    def _manifest(self, request: Request, video: Tensor, schedule: Schedule, timings: Timings) -> dict[str, Any]:
-        record = manifest.Manifest(
+    def _record(self, request: Request, task: Task, schedule: Schedule) -> manifest.Run:
+        return manifest.Run(
             prompt=request.prompt, negative_prompt=request.negative_prompt,
-            model=self._part("wan_models", self.model), context=self.context,
-            parts=manifest.Parts(
-                **{part: self._part(kind, self.specs[part], self._fingerprint(part)) for part, kind in PART_KINDS.items()}
-            ),
+            model=self.parts.model_record(), parts=self.parts.record(), context=self.context,
+            task=manifest.TaskRecord(**recorded(task)), loras=self.setup.lora_records(),
+            options=self.setup.record(cache=None, compat=self.compat),
             steps=request.steps, shift=request.shift, guidance=request.guidance, seed=request.seed, noise_device="cpu",
             device=str(self.device), dtype=_name(self.dtype) if self.dtype else None,
             frames=request.frames, size=request.size, fps=self.model.fps, sigmas=manifest.tensor_sha256(schedule.sigmas),
-            versions=manifest.versions(), timings=timings, frames_sha256=manifest.frames_sha256(video),
+            versions=manifest.versions(),
         )  # fmt: skip
-        return record.model_dump(mode="json")
-
-    def _part(self, kind: str, spec: Any, weights: str | None = None) -> manifest.Part:
-        dist, version = origin(kind, spec, self.pm)
-        return manifest.Part(name=spec.name, dist=dist, version=version, weights=weights)
-
-    def _fingerprint(self, part: str) -> str | None:
-        """Of the weights as loaded; read once, since a large model takes seconds."""
-        if part not in self._weights:
-            loaded = self._loaded[part]
-            self._weights[part] = loaded.fingerprint() if hasattr(loaded, "fingerprint") else None
-        return self._weights[part]
-
-    def _add(self, part: str, ref: Any) -> None:
-        """Note the spec of a part; a loaded object is kept beside the spec it carries."""
-        if ref is None:
-            ref = find(PART_KINDS[part], getattr(self.model, part), self.pm, typed=False)
-        elif isinstance(ref, str):
-            ref = find(PART_KINDS[part], ref, self.pm)
-        is_spec = hasattr(ref, "load") and hasattr(ref, "name")
-        self.specs[part] = ref if is_spec else getattr(ref, "spec", None) or SimpleNamespace(name=type(ref).__name__)
-        if part == "scheduler":  # has no weights, so what is wrong with it is said at once
-            self._loaded[part] = as_scheduler(ref.load() if is_spec else ref)
-        elif not is_spec:
-            self._loaded[part] = ref
-
-    def _check(self, loaded: dict[str, Any]) -> None:
-        """Do the parts fit, by the specs of what is loaded, and by what was promised for the rest?"""
-        specs = [getattr(loaded.get(part), "spec", None) or self.specs[part] for part in ("backbone", "vae", "text_encoder")]
-        compat.check(*specs, pm=self.pm)
 
     def _load(self, part: str, timings: Timings) -> Iterator[Event]:
-        if part in self._loaded:
+        if self.parts.is_loaded(part):
             return
-        spec = self.specs[part]
-        yield Loading(part, spec.name)
-        if part not in self._loaded:  # another stream may have been quicker
-            with self._timed(timings, "load"):
-                self._loaded[part] = spec.load(dtype=self.dtype, device=self.device)
+        yield Loading(part, self.specs[part].name)
+        with self._timed(timings, "load"):
+            self.parts.load(part)
 
     @contextmanager
     def _timed(self, timings: Timings, phase: str) -> Iterator[None]:
@@ -283,7 +308,14 @@ class Pipeline:
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        timings[phase] += time.perf_counter() - began
+        timings[phase] = timings.get(phase, 0.0) + time.perf_counter() - began
+
+
+def _check_same(saved: manifest.Run, run: manifest.Run) -> None:
+    """ValueError where a saved state is of another run; other versions and devices are another matter."""
+    lines = [line for line in manifest.differences(saved, run) if not line.startswith(("versions.", "device:")) and ".version:" not in line]
+    if lines:
+        raise ValueError(f"the saved state is of another run: {'; '.join(lines[:3])}")
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

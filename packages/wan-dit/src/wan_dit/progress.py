@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .events import Decoding, Done, Encoding, Event, Loading, Step
+from .events import Decoding, Done, Encoding, Event, Loading, Preparing, Step
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -57,6 +57,8 @@ def _phase(event: Event) -> str:
             return f"loading {part.replace('_', ' ')} {name}"
         case Encoding():
             return "encoding"
+        case Preparing():
+            return "encoding images and videos"
         case Step():
             return "denoising"
         case Decoding():

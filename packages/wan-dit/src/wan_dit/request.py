@@ -41,10 +41,10 @@ class Request:
         """The texts to encode: the prompt, and the negative prompt where guidance uses it."""
         return (self.prompt, self.negative_prompt) if self.guided else (self.prompt,)
 
-    def latent_shape(self, backbone: Any) -> tuple[int, int, int, int, int]:
-        """`[1, C, T', H', W']` for a backbone's spec."""
+    def latent_shape(self, backbone: Any, front: int = 0) -> tuple[int, int, int, int, int]:
+        """`[1, C, front + T', H', W']` for a backbone's spec."""
         time, height, width = backbone.stride
-        return 1, backbone.latent_channels, 1 + (self.frames - 1) // time, self.size[1] // height, self.size[0] // width
+        return 1, backbone.latent_channels, front + 1 + (self.frames - 1) // time, self.size[1] // height, self.size[0] // width
 
 
 def make_request(

@@ -1,0 +1,205 @@
+"""The command `wan-dit generate`. Help imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .run_options import MODEL, PARTS, add_parts, add_run, add_size_options, build_setup, parse_guidance, parse_size
+
+if TYPE_CHECKING:
+    from .events import Event
+    from .pipeline import Pipeline
+    from .result import Result
+    from .state import RunState
+
+SETTINGS = ("negative_prompt", "steps", "shift", "seed", "frames")
+INPUTS = ("image", "last_image", "video", "mask", "vace_scale", "outpaint", "overlap")
+LINE = (*SETTINGS, "guidance", "size")  # what a line of a .jsonl file of prompts may set
+OUTPUT_HELP = "FILE.mp4, or a folder to name it in (default: outputs); .png and .json go beside it"
+SAVE_EVERY = 60.0  # seconds between two states of a long run on disk
+
+
+def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add `generate` to the subparsers of `wan-dit`; `command(commands, name, function, text)` makes one."""
+    parser = command(commands, "generate", _generate, "make a video from a prompt")
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what the video shows")
+    parser.add_argument("--prompts", metavar="FILE", help="many prompts, one a line; in a .jsonl file with settings of their own")
+    parser.add_argument("--output", metavar="PATH", help=OUTPUT_HELP)
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.add_argument("--preview", metavar="FILE.png", help="a rough picture of the frames, written anew after every step")
+    inputs = parser.add_argument_group("inputs", "What the model is given besides text; which it takes: wan-dit models.")
+    inputs.add_argument("--image", metavar="FILE", help="the first frame")
+    inputs.add_argument("--last-image", metavar="FILE", help="the last frame")
+    inputs.add_argument("--video", metavar="FILE", help="a video to continue; VACE: to edit or to follow; also a folder of frames")
+    inputs.add_argument("--overlap", metavar="N", type=int, help="frames of the video that its continuation begins with (default: 5)")
+    inputs.add_argument("--mask", metavar="FILE", help="VACE: what of the video is made anew (white); a video, frames or one picture")
+    inputs.add_argument("--outpaint", action="store_true", help="VACE: show the video whole, and make what is around it")
+    inputs.add_argument("--reference", metavar="FILE", action="append", default=[], help="VACE: a picture of what appears; may be repeated")
+    inputs.add_argument("--vace-scale", metavar="X", type=float, help="VACE: strength of its hints (default: 1)")
+    settings = parser.add_argument_group("settings", "The defaults are the model's.")
+    settings.add_argument("--model", metavar="MODEL", default=MODEL, help="a name (wan-dit models), a folder or a Hub id (default: tiny)")
+    settings.add_argument("--preset", metavar="NAME", help="the model whose settings a folder is used with, where it does not tell")
+    settings.add_argument("--negative", "--negative-prompt", dest="negative_prompt", metavar="TEXT", help="what it should not show")
+    settings.add_argument("--steps", metavar="N", type=int, help="denoising steps")
+    settings.add_argument("--shift", metavar="X", type=float, help="how far the noise schedule leans to noise")
+    settings.add_argument("--guidance", metavar="X", help="how strongly the prompt is followed; 1 is off; LOW,HIGH for two experts")
+    settings.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same video (default: 0)")
+    add_size_options(settings)
+    add_parts(parser, "the model's own", dtype="fp32 on a CPU", device="the best there is")
+    add_run(parser)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from . import outputs
+
+    lines = _lines(args)
+    if len(lines) == 1:
+        outputs.check(_output(args, lines[0]), overwrite=args.overwrite)
+
+    from ._shared.weights import best_device
+    from .pipeline import Pipeline
+    from .tasks.record import task_of
+
+    parts = {part: getattr(args, part) for part in (*PARTS, "context")}
+    with ExitStack() as stack:
+        setup = build_setup(args, stack)
+        pipe = Pipeline(
+            args.model, **parts, preset=args.preset, dtype=args.dtype, device=args.device or best_device(), compat=args.compat, setup=setup
+        )
+        for note in pipe.notes:
+            print(f"wan-dit: {note}", file=sys.stderr)
+        vace = bool(getattr(pipe.specs["backbone"], "vace", False))
+        task = task_of(vace=vace, references=tuple(args.reference), **{name: getattr(args, name) or None for name in INPUTS[:4]},
+                       vace_scale=args.vace_scale, outpaint=args.outpaint, overlap=args.overlap)  # fmt: skip
+        runs = [{"task": task, "cache": args.cache, **line} for line in lines]
+        for line in runs:
+            pipe.stream(**line)  # checks all of them, before the first is run
+        for line in runs:
+            _run(pipe, args, line, main=setup.is_main)
+
+
+def _run(pipe: Pipeline, args: argparse.Namespace, line: dict[str, Any], *, main: bool) -> None:
+    if not main:
+        pipe(**line)
+        return
+    target = _output(args, line)
+    with kept(target.with_suffix(".state")) as keep, previewed(pipe, args.preview) as show:
+        result = follow(pipe, line, keep, show)
+    # named again: another run may have taken the name meanwhile
+    report(args.model, pipe, result, result.save(_output(args, line), overwrite=args.overwrite))
+
+
+def follow(pipe: Pipeline, settings: dict[str, Any], *consumers: Callable[[Event], None]) -> Result:
+    """Run with a progress bar, and hand every event to all consumers."""
+    from .progress import progress
+
+    with progress() as on_event:
+
+        def follow_all(event: Event) -> None:
+            for consume in (on_event, *consumers):
+                consume(event)
+
+        return pipe(**settings, on_event=follow_all)
+
+
+@contextmanager
+def kept(path: Path) -> Iterator[Callable[[Event], None]]:
+    """Keeps the state of a run at `path`: once a minute, and where it is interrupted; no file is left of a run that ends well."""
+    last: RunState | None = None
+    saved = time.monotonic()
+
+    def keep(event: Event) -> None:
+        nonlocal last, saved
+        last = getattr(event, "state", None) or last
+        if last is not None and time.monotonic() - saved > SAVE_EVERY:
+            last.save(path)
+            saved = time.monotonic()
+
+    try:
+        yield keep
+    except (KeyboardInterrupt, SystemExit):
+        if last is not None:
+            last.save(path)
+            again = f"go on with: wan-dit resume {shlex.quote(str(path))}"
+            print(f"wan-dit: stopped after {last.steps_done} evaluations; {again}", file=sys.stderr)
+        raise
+    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def previewed(pipe: Pipeline, path: str | None) -> Iterator[Callable[[Event], None]]:
+    """Writes a rough picture after every step, where a path is given."""
+
+    def show(event: Event) -> None:
+        if path is not None and (denoised := getattr(event, "denoised", None)) is not None:
+            from .previews import save_preview
+
+            save_preview(pipe.preview(denoised), path)
+
+    yield show
+
+
+def report(model: str, pipe: Pipeline, result: Result, files: list[Path]) -> None:
+    """What was written, how long it took, and what to try next."""
+    frames, (width, height) = result.manifest["frames"], result.manifest["size"]
+    facts = (f"video: {frames} frames of {width}x{height}, {result.fps} a second", "contact sheet of the frames", "run manifest")
+    longest = max(len(str(file)) for file in files)
+    for file, fact in zip(files, facts, strict=True):
+        print(f"{file!s:{longest}}  {fact}")
+    print("took: " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in result.timings.items()))
+    if cached := result.manifest["cache"]:
+        print("cache: " + ", ".join(f"{name} {value}" for name, value in cached.items()))
+    again = "a blue star moves up on a white background" if pipe.model.extra.get("words") else result.manifest["prompt"]
+    option = "" if model == MODEL else f" --model {shlex.quote(model)}"
+    print(f"try next: wan-dit generate {shlex.quote(again)}{option} --seed {result.seed + 1}")
+    print(f"          wan-dit replay {shlex.quote(str(files[-1]))}")
+    print("          wan-dit plugins")
+
+
+def _lines(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The settings of every run."""
+    own = {name: getattr(args, name) for name in SETTINGS} | {"guidance": parse_guidance(args.guidance), "size": parse_size(args.size)}
+    if bool(args.prompt) == bool(args.prompts):
+        raise ValueError("give a prompt, such as 'a red circle moves left'" if not args.prompt else "give a prompt or --prompts, not both")
+    if args.prompt:
+        return [{"prompt": " ".join(args.prompt), **own}]
+    if args.output and Path(args.output).suffix:
+        raise ValueError(f"--prompts makes many videos: give a folder as --output, not '{args.output}'")
+    path = Path(args.prompts)
+    rows = [(i, text.strip()) for i, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
+    rows = [(i, text) for i, text in rows if text and not text.startswith("#")]
+    if not rows:
+        raise ValueError(f"'{path}' holds no prompts: one a line")
+    parsed = [_json_line(path, i, text) if path.suffix == ".jsonl" else {"prompt": text} for i, text in rows]
+    return [{**own, **line} for line in parsed]
+
+
+def _json_line(path: Path, i: int, text: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+        if not isinstance(line, dict) or not isinstance(line.get("prompt"), str):
+            raise ValueError("it has no text 'prompt'")
+        if unknown := line.keys() - {"prompt", *LINE}:
+            raise ValueError(f"it has {', '.join(sorted(unknown))}; known are prompt, {', '.join(LINE)}")
+    except ValueError as error:
+        raise ValueError(f"line {i} of '{path}' is not a prompt with settings: {error}") from error
+    if isinstance(line.get("size"), str):
+        line["size"] = parse_size(line["size"])
+    return line
+
+
+def _output(args: argparse.Namespace, line: dict[str, Any]) -> Path:
+    from .outputs import free_name
+
+    given = Path(args.output or "outputs")
+    if args.output and given.suffix and not given.is_dir() and not args.output.endswith("/"):
+        return given
+    return free_name(given, line["prompt"], line["seed"], overwrite=args.overwrite)

@@ -1,0 +1,49 @@
+"""What a run returns: the video, its record, and how to save them."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import manifest, outputs
+from ._shared.files import replacing
+
+Timings = dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A generated video.
+
+    video: `[1, 3, T, H, W]` float32 in [-1, 1] on the CPU
+    timings: seconds for load, text, denoise and decode
+    manifest: the fields of `wan_dit.manifest.Manifest`
+    """
+
+    video: Tensor = field(repr=False)
+    fps: int
+    seed: int
+    timings: Timings
+    manifest: dict[str, Any] = field(repr=False)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+        """Write FILE.mp4 and beside it a contact sheet (.png) and the run manifest (.json), all or none; returns the three paths.
+
+        Raises OSError where one of them exists and `overwrite` is not set, ValueError where `path` does not end in .mp4.
+        """
+        from . import media
+
+        began = time.perf_counter()
+        files = outputs.check(path, overwrite=overwrite)
+        with replacing(files[0]) as video, replacing(files[1]) as sheet, replacing(files[2]) as record:
+            media.write_video(self.video, video, self.fps)
+            media.contact_sheet(self.video, sheet)
+            self.timings["write"] = time.perf_counter() - began
+            made = manifest.Manifest(**{**self.manifest, "timings": self.timings})
+            record.write_text(made.model_dump_json(indent=2) + "\n")
+        return list(files)

@@ -1,0 +1,98 @@
+"""The denoising of one request: latents, scheduler, random numbers. It can stop after any step and go on to the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contracts import Backbone, Context, Schedule, Scheduler
+from .guidance import guided_velocity
+from .tasks.task import Prepared
+
+HIGH, LOW = "backbone", "low_noise_backbone"  # the parts that take a step
+
+
+class Sampling:
+    """State of one request; one `step` is one model evaluation, at guidance 1, or two.
+
+    prepared: what the task made; its known latents are put back before the first step and after every one, and their time is 0
+    scales: guidance of the low-noise and of the high-noise expert
+    boundary: the expert of low noise takes the steps whose truncated timestep is below 1000 * boundary; 0 is one model alone
+    guide: what makes one velocity of two (`guided_velocity`, or one over several processes)
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        schedule: Schedule,
+        shape: tuple[int, ...],
+        prepared: Prepared,
+        *,
+        seed: int,
+        scales: tuple[float, float],
+        boundary: float = 0.0,
+        guide: Callable[..., Tensor] = guided_velocity,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.scheduler, self.schedule, self.prepared = scheduler, schedule, prepared
+        self.scales, self.boundary, self.guide, self.device = scales, boundary, guide, torch.device(device)
+        self.state = scheduler.start(schedule)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+        noise = torch.randn(shape, generator=self.generator)  # on the CPU, so that a seed means the same on every device
+        self.latents = self._known((noise * schedule.noise_scale).to(self.device))
+
+    @property
+    def i(self) -> int:
+        """Index of the next evaluation."""
+        return int(self.state["i"])
+
+    @property
+    def expert(self) -> str:
+        """The part that takes the next step: chosen by the truncated timestep, as in the official code."""
+        return HIGH if int(self.schedule.timesteps[self.i]) >= 1000 * self.boundary else LOW
+
+    def timestep(self) -> Tensor:
+        """`[1]`, or `[1, T']` where frames are known."""
+        timestep = self.schedule.timesteps[self.i].to(self.device, torch.float32).reshape(1)
+        if self.prepared.known is None:
+            return timestep
+        times = timestep.expand(1, self.latents.shape[2]).clone()
+        times[:, : self.prepared.known.shape[2]] = 0
+        return times
+
+    def step(self, backbone: Backbone, context: Context, negative: Context | None, dtype: torch.dtype) -> Tensor:
+        """Take a step; returns the video as predicted before it, latents of the shape of `latents`."""
+        sigma = float(self.schedule.sigmas[self.i])
+        scale = self.scales[0 if self.expert == LOW else 1]
+        given = self.latents.to(dtype)
+        velocity = self.guide(backbone, given, self.timestep(), context, negative, scale, self.prepared.conditioning).float()
+        denoised = self._known(self.latents - sigma * velocity)
+        self.latents = self._known(self.scheduler.step(self.state, velocity, self.latents, self.generator))
+        return denoised
+
+    def _known(self, latents: Tensor) -> Tensor:
+        if (known := self.prepared.known) is not None:
+            latents = torch.cat([known.to(latents), latents[:, :, known.shape[2] :]], dim=2)
+        return latents
+
+    def snapshot(self) -> tuple[Tensor, dict[str, Any], Tensor]:
+        """Latents, state of the scheduler and of the generator; later steps do not change them."""
+        return self.latents, dict(self.state), self.generator.get_state()
+
+    def restore(self, latents: Tensor, state: dict[str, Any], generator: Tensor) -> None:
+        """Go on from a snapshot; ValueError where it is of another schedule or shape."""
+        if latents.shape != self.latents.shape or not torch.equal(state["sigmas"], self.state["sigmas"]):
+            raise ValueError("the saved state is of a run with another size, number of frames or noise schedule")
+        self.latents, self.state = latents.to(self.device), self._moved(state)
+        self.generator.set_state(generator)
+
+    def _moved(self, value: Any) -> Any:
+        """Tensors of the latents' shape on their device; all others stay on the CPU."""
+        if isinstance(value, Tensor):
+            return value.to(self.device) if value.shape == self.latents.shape else value
+        if isinstance(value, dict):
+            return {key: self._moved(inner) for key, inner in value.items()}
+        return type(value)(self._moved(inner) for inner in value) if isinstance(value, list | tuple) else value
