@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import outputs
 from .run_options import MODEL, PARTS, add_parts, add_run, add_size_options, build_setup, parse_guidance, parse_size
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 SETTINGS = ("negative_prompt", "steps", "shift", "seed", "frames")
 INPUTS = ("image", "last_image", "video", "mask", "vace_scale", "outpaint", "overlap")
 LINE = (*SETTINGS, "guidance", "size")  # what a line of a .jsonl file of prompts may set
-OUTPUT_HELP = "FILE.mp4, or a folder to name it in (default: outputs); .png and .json go beside it"
+OUTPUT_HELP = f"{outputs.HELP}, or a folder to name it in (default: outputs); .png and .json go beside it"
 SAVE_EVERY = 60.0  # seconds between two states of a long run on disk
 
 
@@ -58,8 +59,6 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from . import outputs
-
     lines = _lines(args)
     if len(lines) == 1:
         outputs.check(_output(args, lines[0]), overwrite=args.overwrite)
@@ -197,9 +196,7 @@ def _json_line(path: Path, i: int, text: str) -> dict[str, Any]:
 
 
 def _output(args: argparse.Namespace, line: dict[str, Any]) -> Path:
-    from .outputs import free_name
-
     given = Path(args.output or "outputs")
     if args.output and given.suffix and not given.is_dir() and not args.output.endswith("/"):
         return given
-    return free_name(given, line["prompt"], line["seed"], overwrite=args.overwrite)
+    return outputs.free_name(given, line["prompt"], line["seed"], overwrite=args.overwrite)

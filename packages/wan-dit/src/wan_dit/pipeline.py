@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -39,6 +39,17 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PHASES = ("load", "text", "denoise", "decode")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One generation, checked: `cache` is a policy, `cache_name` how it was given."""
+
+    request: Request
+    task: Task
+    schedule: Schedule
+    cache: Any
+    cache_name: str | None
 
 
 class Pipeline:
@@ -152,7 +163,14 @@ class Pipeline:
         )  # fmt: skip
         if hint := unknown_words(self.model, prompt):
             warnings.warn(hint, UserWarning, stacklevel=2)
-        return self._run(request, task, scheduler.schedule(request.steps, request.shift), resume)
+        if isinstance(cache, str):
+            from .caching import find_cache
+
+            policy = find_cache(cache, self.pm)
+        else:
+            policy = cache
+        job = _Job(request, task, scheduler.schedule(request.steps, request.shift), policy, None if cache is None else str(cache))
+        return self._run(job, resume)
 
     def preview(self, latents: Tensor) -> np.ndarray[Any, Any]:
         """A rough picture of latents `[1, C, T', H', W']`, uint8 `[T', H', W', 3]`, at no cost: by a linear map that is fitted once."""
@@ -171,7 +189,8 @@ class Pipeline:
         return target.frames, size or task.size(target) or self.model.size
 
     @torch.no_grad()
-    def _run(self, request: Request, task: Task, schedule: Schedule, resume: RunState | None) -> Generator[Event, None, None]:
+    def _run(self, job: _Job, resume: RunState | None) -> Generator[Event, None, None]:
+        request, task = job.request, job.task
         timings = dict.fromkeys(PHASES, 0.0) if resume is None else dict(resume.timings)
         text = yield from self._encode(request, timings)
         prepared = yield from self._prepare(request, task, timings)
@@ -179,15 +198,11 @@ class Pipeline:
         for part in (*(self.parts.experts if everything else self.parts.experts[:1]), "vae"):
             yield from self._load(part, timings)  # all of it, so that what is wrong with a part is said before the long phase
         self.parts.check()
-        sampling = Sampling(
-            self.parts["scheduler"], schedule, request.latent_shape(self.specs["backbone"], prepared.front), prepared,
-            seed=request.seed, scales=request.scales, boundary=self.model.boundary if len(self.parts.experts) > 1 else 0.0,
-            guide=self.setup.guide(), device=self.device,
-        )  # fmt: skip
-        record = self._record(request, task, schedule)
+        sampling = self._sampling(job, prepared)
+        record = self._record(job)
         if resume is not None:
             _check_same(resume.run, record)
-            sampling.restore(resume.latents, resume.scheduler, resume.generator)
+            sampling.restore(resume.latents, resume.scheduler, resume.generator, resume.cache)
         yield from self._denoise(request, sampling, text, record, timings)
         if not everything:
             self.parts.release(*self.parts.experts)
@@ -195,9 +210,18 @@ class Pipeline:
         with self._timed(timings, "decode"):
             video = self._decode(sampling.latents[:, :, prepared.front :], request, sampling.generator)
         made = manifest.Manifest(
-            **dict(self._record(request, task, schedule)), timings=timings, frames_sha256=manifest.frames_sha256(video)
-        )
+            **dict(self._record(job)), timings=timings, frames_sha256=manifest.frames_sha256(video),
+            cache=sampling.cache.report() if sampling.cache else None,
+        )  # fmt: skip
         yield Done(Result(video, self.model.fps, request.seed, timings, made.model_dump(mode="json")))
+
+    def _sampling(self, job: _Job, prepared: Prepared) -> Sampling:
+        boundary = self.model.boundary if len(self.parts.experts) > 1 else 0.0
+        cache = None if job.cache is None else job.cache.start(job.schedule.timesteps, boundary or None, self.setup.mesh)
+        return Sampling(
+            self.parts["scheduler"], job.schedule, job.request.latent_shape(self.specs["backbone"], prepared.front), prepared,
+            seed=job.request.seed, scales=job.request.scales, boundary=boundary, guide=self.setup.guide(), cache=cache, device=self.device,
+        )  # fmt: skip
 
     def _encode(self, request: Request, timings: Timings) -> Generator[Event, None, list[Tensor]]:
         """Text context `[L, D]` of each prompt; those of the last request are kept for the next, which often shares them."""
@@ -261,7 +285,7 @@ class Pipeline:
                     contexts = {expert: [backbone.encode_context([tokens.to(self.device, dtype)], conditioning) for tokens in text]}
                 positive, negative = contexts[expert][0], contexts[expert][1] if request.guided else None
                 denoised = sampling.step(backbone, positive, negative, dtype)
-            state = RunState(record, *sampling.snapshot(), timings=dict(timings))
+            state = RunState(record, **sampling.snapshot(), timings=dict(timings))
             sigma = float(sampling.schedule.sigmas[sampling.i])
             yield Step(sampling.i, count, timings["denoise"] - before, sigma, denoised, state)
         self._check_finite(expert, sampling.latents, "latents")
@@ -283,15 +307,16 @@ class Pipeline:
         advice = {"float16": "try --dtype bf16 or fp32", "bfloat16": "try --dtype fp32"}.get(dtype, "its weights are damaged or do not fit")
         raise ValueError(f"{part.replace('_', ' ')} '{self.specs[part].name}' made {what} that are NaN or infinite, in {dtype}: {advice}")
 
-    def _record(self, request: Request, task: Task, schedule: Schedule) -> manifest.Run:
+    def _record(self, job: _Job) -> manifest.Run:
+        request = job.request
         return manifest.Run(
             prompt=request.prompt, negative_prompt=request.negative_prompt,
             model=self.parts.model_record(), parts=self.parts.record(), context=self.context,
-            task=manifest.TaskRecord(**recorded(task)), loras=self.setup.lora_records(),
-            options=self.setup.record(cache=None, compat=self.compat),
+            task=manifest.TaskRecord(**recorded(job.task)), loras=self.setup.lora_records(),
+            options=self.setup.record(cache=job.cache_name, compat=self.compat),
             steps=request.steps, shift=request.shift, guidance=request.guidance, seed=request.seed, noise_device="cpu",
             device=str(self.device), dtype=_name(self.dtype) if self.dtype else None,
-            frames=request.frames, size=request.size, fps=self.model.fps, sigmas=manifest.tensor_sha256(schedule.sigmas),
+            frames=request.frames, size=request.size, fps=self.model.fps, sigmas=manifest.tensor_sha256(job.schedule.sigmas),
             versions=manifest.versions(),
         )  # fmt: skip
 

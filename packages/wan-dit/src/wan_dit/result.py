@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from . import manifest, outputs
-from ._shared.files import replacing
 
 Timings = dict[str, float]
 
@@ -32,16 +31,17 @@ class Result:
     manifest: dict[str, Any] = field(repr=False)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
-        """Write FILE.mp4 and beside it a contact sheet (.png) and the run manifest (.json), all or none; returns the three paths.
+        """Write a video, and beside it a contact sheet (.png) and the run manifest (.json), all or none; returns the three paths.
 
-        Raises OSError where one of them exists and `overwrite` is not set, ValueError where `path` does not end in .mp4.
+        path: FILE.mp4, FILE.gif, or FOLDER/%04d.png for numbered frames
+        Raises OSError where one of them exists and `overwrite` is not set, ValueError for another name.
         """
         from . import media
 
         began = time.perf_counter()
         files = outputs.check(path, overwrite=overwrite)
-        with replacing(files[0]) as video, replacing(files[1]) as sheet, replacing(files[2]) as record:
-            media.write_video(self.video, video, self.fps)
+        with outputs.writing(path, overwrite=overwrite) as (video, sheet, record):
+            media.write(self.video, video, self.fps)
             media.contact_sheet(self.video, sheet)
             self.timings["write"] = time.perf_counter() - began
             made = manifest.Manifest(**{**self.manifest, "timings": self.timings})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contracts import Backbone, Context, Schedule, Scheduler
+from .contracts import Backbone, CacheRun, Context, Schedule, Scheduler
 from .guidance import guided_velocity
 from .tasks.task import Prepared
 
@@ -22,6 +22,7 @@ class Sampling:
     scales: guidance of the low-noise and of the high-noise expert
     boundary: the expert of low noise takes the steps whose truncated timestep is below 1000 * boundary; 0 is one model alone
     guide: what makes one velocity of two (`guided_velocity`, or one over several processes)
+    cache: the run of a cache around it (see `wan_dit.caching`)
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class Sampling:
         scales: tuple[float, float],
         boundary: float = 0.0,
         guide: Callable[..., Tensor] = guided_velocity,
+        cache: CacheRun | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.scheduler, self.schedule, self.prepared = scheduler, schedule, prepared
-        self.scales, self.boundary, self.guide, self.device = scales, boundary, guide, torch.device(device)
+        self.scales, self.boundary, self.device = scales, boundary, torch.device(device)
+        self.guide, self.cache = guide, cache
         self.state = scheduler.start(schedule)
         self.generator = torch.Generator("cpu").manual_seed(seed)
         noise = torch.randn(shape, generator=self.generator)  # on the CPU, so that a seed means the same on every device
@@ -67,8 +70,11 @@ class Sampling:
         """Take a step; returns the video as predicted before it, latents of the shape of `latents`."""
         sigma = float(self.schedule.sigmas[self.i])
         scale = self.scales[0 if self.expert == LOW else 1]
-        given = self.latents.to(dtype)
-        velocity = self.guide(backbone, given, self.timestep(), context, negative, scale, self.prepared.conditioning).float()
+        given = backbone, self.latents.to(dtype), self.timestep(), context, negative, scale, self.prepared.conditioning
+        if self.cache is None:
+            velocity = self.guide(*given).float()
+        else:
+            velocity = self.cache.velocity(*given, step=self.i, expert=self.expert, guided=self.guide).float()
         denoised = self._known(self.latents - sigma * velocity)
         self.latents = self._known(self.scheduler.step(self.state, velocity, self.latents, self.generator))
         return denoised
@@ -78,21 +84,24 @@ class Sampling:
             latents = torch.cat([known.to(latents), latents[:, :, known.shape[2] :]], dim=2)
         return latents
 
-    def snapshot(self) -> tuple[Tensor, dict[str, Any], Tensor]:
-        """Latents, state of the scheduler and of the generator; later steps do not change them."""
-        return self.latents, dict(self.state), self.generator.get_state()
+    def snapshot(self) -> dict[str, Any]:
+        """`latents`, and the states of `scheduler`, `generator` and `cache`; later steps do not change them."""
+        cache = None if self.cache is None else self.cache.state_dict()
+        return {"latents": self.latents, "scheduler": dict(self.state), "generator": self.generator.get_state(), "cache": cache}
 
-    def restore(self, latents: Tensor, state: dict[str, Any], generator: Tensor) -> None:
+    def restore(self, latents: Tensor, scheduler: dict[str, Any], generator: Tensor, cache: dict[str, Any] | None) -> None:
         """Go on from a snapshot; ValueError where it is of another schedule or shape."""
-        if latents.shape != self.latents.shape or not torch.equal(state["sigmas"], self.state["sigmas"]):
+        if latents.shape != self.latents.shape or not torch.equal(scheduler["sigmas"], self.state["sigmas"]):
             raise ValueError("the saved state is of a run with another size, number of frames or noise schedule")
-        self.latents, self.state = latents.to(self.device), self._moved(state)
+        self.latents, self.state = latents.to(self.device), self._moved(scheduler)
         self.generator.set_state(generator)
+        if self.cache is not None and cache is not None:
+            self.cache.load_state_dict(self._moved(cache, every=True))
 
-    def _moved(self, value: Any) -> Any:
-        """Tensors of the latents' shape on their device; all others stay on the CPU."""
+    def _moved(self, value: Any, *, every: bool = False) -> Any:
+        """Tensors of the latents' shape, or every one, on their device; all others stay on the CPU."""
         if isinstance(value, Tensor):
-            return value.to(self.device) if value.shape == self.latents.shape else value
+            return value.to(self.device) if every or value.shape == self.latents.shape else value
         if isinstance(value, dict):
-            return {key: self._moved(inner) for key, inner in value.items()}
-        return type(value)(self._moved(inner) for inner in value) if isinstance(value, list | tuple) else value
+            return {key: self._moved(inner, every=every) for key, inner in value.items()}
+        return type(value)(self._moved(inner, every=every) for inner in value) if isinstance(value, list | tuple) else value
