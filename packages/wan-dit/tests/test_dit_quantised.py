@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dit_layouts import SMALL, VARIANTS, State, model, state_in
+from dit_velocity import velocity
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -15,35 +16,12 @@ from torch import Tensor, nn
 from wan_dit import load_backbone
 from wan_dit._shared.quantised import QuantisedLinear, quantise_rows
 from wan_dit.config import TINY, DiTConfig
-from wan_dit.contracts import Conditioning
 from wan_dit.export import PRODUCTS
 from wan_dit.lora import LoraSpec, apply
 from wan_dit.plugins import BackboneSpec, load_spec
 
 FP8 = torch.float8_e4m3fn
 MIDDLE = DiTConfig(dim=512, ffn_dim=1536, num_heads=4, num_layers=6, text_dim=256)
-
-
-def velocity(made: Any, conditioning: Conditioning | None = None) -> Tensor:
-    config, generator = made.config, torch.Generator().manual_seed(1)
-    dtype = made.patch_embedding.weight.dtype
-    latents = torch.randn(1, config.out_dim, 3, 8, 8, generator=generator).to(dtype)
-    text = torch.randn(9, config.text_dim, generator=generator)
-    conditioning = conditioning or given_by(config)
-    with torch.no_grad():
-        context = made.encode_context([text], conditioning)
-        return torch.cat([made(latents, torch.tensor([time]), context, conditioning) for time in (999.0, 400.0)])
-
-
-def given_by(config: DiTConfig) -> Conditioning:
-    """All that a backbone of this configuration takes."""
-    generator = torch.Generator().manual_seed(2)
-    extra = config.in_dim - config.out_dim
-    return Conditioning(
-        extra_latents=torch.randn(1, extra, 3, 8, 8, generator=generator) if extra else None,
-        image_context=torch.randn(1, config.pos_embed_seq_len or 5, config.image_dim, generator=generator) if config.image_dim else None,
-        vace=torch.randn(1, config.vace_in_dim, 3, 8, 8, generator=generator) if config.vace_layers else None,
-    )
 
 
 def off(got: Tensor, expected: Tensor) -> float:
