@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from caching_tasks import cache_task
 from documentation import ROOT, blocks
 from parallel_tasks import agree_task, attention_task, checkpoint_task, guidance_task, model_task, run
 from wan_dit import Pipeline
@@ -110,6 +111,22 @@ def test_processes_agree_on_the_largest_value(group: Group) -> None:
     assert [answer[:3] for answer in answers] == [[True, False, 0.1 * 3]] * 4
     assert [answer[3] for answer in answers] == [2, 3, 2, 3], "rings are ranks 0, 2 and 1, 3"
     assert all(type(value) is kind for value, kind in zip(answers[0], (bool, bool, float, int), strict=True))
+
+
+@pytest.mark.parametrize(("degrees", "fsdp"), [({"ulysses": 2}, False), ({"cfg": 2}, False), ({"ring": 2}, True)], ids=str)
+def test_caches_skip_the_same_on_every_process(group: Group, degrees: dict[str, int], fsdp: bool) -> None:
+    first, second = group(2, cache_task, degrees, fsdp)
+    for name, (off, same, skipped) in first.items():
+        assert same, f"{name}: processes end with different latents"
+        assert skipped == second[name][2] > 0, name
+        # where the gate closes, the process of the negative prompt has no state of the prompt yet, so that all of them start anew
+        if name != "disagreeing" and (name, *degrees) != ("gated", "cfg"):
+            assert off <= 1e-4, name
+
+
+def test_without_their_group_processes_decide_alone(group: Group) -> None:
+    first, second = group(2, cache_task, {"cfg": 2}, False, False)
+    assert first["disagreeing"][2] != second["disagreeing"][2]
 
 
 def test_torchrun_makes_the_video_of_one_process(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention import Attention, sdpa
+from .parallel.lse import PlainLse, returns_lse
 from .parallel.sequence import is_split
 from .plugins import find
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import pluggy
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # relative L2
-SHAPES = ((1, 128), (2, 77), (1, 1025), (1, 1))  # (batch, tokens): a whole block, and counts that leave part of one
+SHAPES = ((1, 128), (2, 77), (1, 1025), (1, 5))  # (batch, tokens): a whole block, and counts that leave part of one
 
 
 def use_attention(backbone: nn.Module, ref: str, pm: pluggy.PluginManager | None = None) -> float:
@@ -58,7 +59,7 @@ def probe(spec: Any, attend: Attention, like: Any) -> float:
     """The largest relative L2 error against exact attention in fp32, of random tensors with the heads, type and device of `like`.
 
     like: the self-attention of a block
-    Raises as `use_attention` does.
+    The log-sum-exp is compared too, of an attention that returns it. Raises as `use_attention` does.
     """
     bias = like.v.bias  # of the type that is computed in, also where the weights have 8 bits
     width, worst = len(bias) // like.num_heads, 0.0
@@ -67,29 +68,25 @@ def probe(spec: Any, attend: Attention, like: Any) -> float:
     for batch, tokens in SHAPES:
         q, k, v = (torch.randn(batch, tokens, like.num_heads, width, generator=generator).to(bias.device, bias.dtype) for _ in range(3))
         k = k + 2 * torch.randn(width, generator=generator).to(k)  # keys have channels far from zero, which 8 bits feel
-        got = _call(spec, attend, q, k, v)
-        if got.shape != q.shape:
-            raise ValueError(f"attention '{spec.name}' made {list(got.shape)} of {list(q.shape)}: refused")
-        expected = exact(q, k, v)
-        error = float((got.float() - expected).norm() / expected.norm())
-        if not error <= bound:
-            raise ValueError(
-                f"attention '{spec.name}' is off by {error:.2g} at {tokens} tokens, {like.num_heads} heads of {width} in "
-                f"{str(bias.dtype).removeprefix('torch.')}, where {bound:g} is allowed: refused, use another or the default, sdpa"
-            )
-        worst = max(worst, error)
+        expected = PlainLse().forward(q.float(), k.float(), v.float())
+        for got, exact in zip(_call(spec, attend, q, k, v), expected, strict=False):
+            if got.shape != exact.shape:
+                raise ValueError(f"attention '{spec.name}' made {list(got.shape)} of {list(q.shape)}, not {list(exact.shape)}: refused")
+            error = float((got.float() - exact).norm() / exact.norm())
+            if not error <= bound:
+                raise ValueError(
+                    f"attention '{spec.name}' is off by {error:.2g} at {tokens} tokens, {like.num_heads} heads of {width} in "
+                    f"{str(bias.dtype).removeprefix('torch.')}, where {bound:g} is allowed: refused, use another or the default, sdpa"
+                )
+            worst = max(worst, error)
     return worst
 
 
-def exact(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
-    """Attention in fp32, by matrix products."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return sdpa(q_BLNH.float(), k_BLNH.float(), v_BLNH.float())
-
-
-def _call(spec: Any, attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _call(spec: Any, attend: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Its output, and where it has one its log-sum-exp."""
     try:
-        return attend(q, k, v)
+        out = attend(q, k, v)
+        return (out, attend(q, k, v, with_lse=True)[1]) if returns_lse(attend) else (out,)
     except ImportError as error:
         raise _missing(spec, error) from error
     except Exception as error:  # a kernel may refuse in any way

@@ -18,6 +18,8 @@ from torch import Tensor
 from .contracts import Schedule, Scheduler
 from .plugins import find
 from .schedulers.diffusers import as_scheduler
+from .testing_speed import AttentionContract as AttentionContract
+from .testing_speed import CacheContract as CacheContract
 
 
 def difference(got: Tensor, expected: Tensor) -> float:

@@ -90,7 +90,10 @@ def read_ratios(path: str) -> Ratios:
         raise ValueError(f"magcache has no ratios '{path}': use one of {', '.join(MAGCACHE)}, or a file that calibrate has written")
     try:
         read = json.loads(Path(path).read_text())
-        return {branch: tuple(float(ratio) for ratio in read[branch]) for branch in BRANCHES if read[branch]}
+        ratios = {branch: tuple(float(ratio) for ratio in read[branch]) for branch in BRANCHES}
+        if not all(ratios.values()):
+            raise ValueError("no numbers")
+        return ratios
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} holds no ratios, expected {{'positive': [numbers], 'negative': [numbers]}}") from error
 

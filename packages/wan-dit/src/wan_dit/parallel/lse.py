@@ -120,6 +120,11 @@ class GivenLse:
         return lse_attention(q_BLNH).backward(grad_BLNH, q_BLNH, k_BMNH, v_BMNH, out_BLNH, lse_BLN)
 
 
+def returns_lse(attend: Callable[..., Any]) -> bool:
+    """Whether an attention can be asked `with_lse=True`."""
+    return "with_lse" in inspect.signature(attend).parameters
+
+
 def ring_kernel(attend: Callable[..., Any]) -> LseAttention | None:
     """The kernel of a ring in place of an attention; None for the one that suits the tensors, where that is the default attention.
 
@@ -127,7 +132,7 @@ def ring_kernel(attend: Callable[..., Any]) -> LseAttention | None:
     """
     if attend is sdpa:
         return None
-    if "with_lse" not in inspect.signature(attend).parameters:
+    if not returns_lse(attend):
         name = getattr(attend, "__qualname__", type(attend).__name__)
         raise ValueError(f"attention {name} takes no `with_lse`, and a ring merges parts by it: use the default attention, or Ulysses")
     return GivenLse(attend)
