@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import wan_vae.memory
+import wan_vae._shared.memory
 import wan_vae.plan
 from torch import Tensor
 from wan_vae import load_vae
+from wan_vae._shared.memory import free_memory
 from wan_vae.backoff import BackingOff, out_of_memory, smaller_tiles
 from wan_vae.cli import main
 from wan_vae.commands.planning import add_tiling, amount, tiled
 from wan_vae.config import PRESETS
 from wan_vae.footprint import footprint
-from wan_vae.memory import free_memory
 from wan_vae.plan import Setting, make_plan, setting_of
 from wan_vae.testing import difference
 from wan_vae.tiling import TiledVAE
@@ -151,7 +151,7 @@ def test_small_tiles_where_auto_finds_too_little_memory(monkeypatch: pytest.Monk
 
 
 def test_what_idle_files_hold_of_a_control_group_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(wan_vae.memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(wan_vae._shared.memory, "CGROUP", tmp_path)
     everywhere = free_memory()
     for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 100\ninactive_file 700\nactive_file 100\n")):
         (tmp_path / f"memory.{name}").write_text(text)

@@ -141,10 +141,10 @@ def hf_config(written: Mapping[str, Any]) -> UMT5Config:
 def describe(source: str | os.PathLike[str]) -> TextEncoderSpec:
     """The facts of a checkpoint, its weights unread (a Hub repository: not downloaded)."""
     path = locate(source, (*CONFIG_FILES, *TOKENIZER_FILES))
-    return spec_of(_config_of(path), str(source))
+    return spec_of(config_of(path), str(source))
 
 
-def _config_of(path: Path) -> UMT5Config:
+def config_of(path: Path) -> UMT5Config:
     """From `config.json`, the presence of the official release's tokenizer, or the shapes of the tensors (memory-mapped)."""
     for place in (path, path / "text_encoder"):
         written = read_config(place) if place.is_dir() else None
@@ -195,7 +195,7 @@ def _embedded_spiece(weights: Path) -> bytes | None:
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a checkpoint, its weights untouched (a Hub repository: not downloaded)."""
     path = locate(source, (*CONFIG_FILES, *TOKENIZER_FILES))
-    return make_tokenizer(_config_of(path), read_spiece(path))
+    return make_tokenizer(config_of(path), read_spiece(path))
 
 
 def make_tokenizer(config: UMT5Config, spiece: bytes) -> Tokenizer:

@@ -6,7 +6,13 @@ from functools import partial
 
 from .plugins import ImageEncoderSpec, PromptRewriterSpec, TextEncoderSpec, hookimpl
 
-_Spec = partial(TextEncoderSpec, target="wan_text.encoder:TextEncoder", format="wan-text/1", describe="wan_text.checkpoint:describe")
+_Spec = partial(
+    TextEncoderSpec,
+    target="wan_text.encoder:TextEncoder",
+    format="wan-text/1",
+    describe="wan_text.checkpoint:describe",
+    footprint="wan_text.footprint:encoding_text",
+)
 
 
 @hookimpl
@@ -39,6 +45,7 @@ def wan_image_encoders() -> list[ImageEncoderSpec]:
             target="wan_text.clip_vision:CLIPVision",
             format="wan-text-image/1",
             describe="wan_text.clip_checkpoint:describe",
+            footprint="wan_text.footprint:encoding_image",
             image_space="clip-vit-h-14",
             image_dim=1280,
             tokens=257,

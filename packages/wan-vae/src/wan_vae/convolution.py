@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .memory import free_memory
+from ._shared.memory import free_memory
 from .transformed_filters import BUDGET
 from .winograd import Winograd
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ._shared.memory import free_memory
 from .config import PRESETS, VAEConfig
 from .convolution import resolve_backend
 from .footprint import Footprint, count, footprint, meta_model
-from .memory import free_memory
 from .model import WanVAE
 from .parking import IN_MEMORY
 from .plugins import VAESpec
@@ -141,6 +141,15 @@ def config_of(spec: VAESpec) -> VAEConfig:
         known = f"{', '.join(PRESETS)} and their like"
         raise ValueError(f"the memory of '{spec.name}' cannot be predicted: it is none of the Wan VAEs ({known})")
     return config
+
+
+def decoding(spec: VAESpec, *, size: tuple[int, int], frames: int, dtype: str, device: str) -> dict[str, int]:
+    """What `decode` takes for a video of `size` (width, height): the `footprint` of this package's specs."""
+    kind = getattr(torch, dtype)
+    setting = Setting(config_of(spec), "decoder", (size[1], size[0]), kind, torch.device(device), frames=frames, memory=1 << 62)
+    plan = make_plan(setting, "whole")
+    video = 3 * frames * size[0] * size[1] * kind.itemsize
+    return {"weights": plan.parts.weights, "work": plan.memory - plan.parts.weights + 2 * video}  # in chunks, and joined
 
 
 def _until_it_fits(plans: Iterable[Plan]) -> list[Plan]:

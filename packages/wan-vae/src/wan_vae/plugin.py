@@ -6,7 +6,9 @@ from functools import partial
 
 from .plugins import VAESpec, hookimpl
 
-_Spec = partial(VAESpec, target="wan_vae.model:WanVAE", format="wan-vae/1", describe="wan_vae.checkpoint:describe")
+_Spec = partial(
+    VAESpec, target="wan_vae.model:WanVAE", format="wan-vae/1", describe="wan_vae.checkpoint:describe", footprint="wan_vae.plan:decoding"
+)
 
 
 _Tiny = partial(VAESpec, target="wan_vae.codecs.taehv:TAEHV", format="wan-taehv/1", describe="wan_vae.codecs.taehv:describe")

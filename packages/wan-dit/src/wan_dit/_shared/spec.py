@@ -29,11 +29,15 @@ class ModelSpec(Spec):
     weights: nothing (the target is called without arguments), `"pkg:package/folder"` or `"hub:org/repo[@revision][/path]"`
     format: the `"format"` value of the `config.json` files this part reads, such as `"wan-vae/1"`
     describe: import string of a function `(path) -> spec` that reads the facts of a checkpoint without its weights
+    footprint: import string of a function `(spec, *, size, frames, dtype, device) -> {"weights": bytes, "work": bytes}`, what
+    the part takes in memory: for its weights, and at most beside them where it encodes a prompt or an image, or decodes a video
+    of `size` (width, height); dtype is a name such as `"bfloat16"`; `wan-dit plan` asks it
     """
 
     weights: str | None = field(default=None, kw_only=True)
     format: str | None = field(default=None, kw_only=True)
     describe: str | None = field(default=None, kw_only=True)
+    footprint: str | None = field(default=None, kw_only=True)
 
     def load(self, weights: str | None = None, *, dtype: Any = None, device: Any = None) -> Any:
         """An instance in eval mode, ready to run.
@@ -50,4 +54,5 @@ class ModelSpec(Spec):
     def at(self, path: str) -> Self:
         """This spec for the checkpoint at `path`, its fields read from the file where `describe` is set."""
         found = resolve_name(self.describe)(path) if self.describe else self
-        return replace(found, name=str(path), weights=str(path))
+        footprint = self.footprint if found.target == self.target else found.footprint
+        return replace(found, name=str(path), weights=str(path), footprint=footprint)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from .._shared.amounts import amount, in_words
 from .._shared.cli import show
 from ..plugins import find_vae
 from .common import CODEC_HELP, DTYPES, add_chunk, command, whole_number
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from ..tiles import Half
 
-UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "KI": 1024, "MI": 1024**2, "GI": 1024**3, "TI": 1024**4}
 LONGEST_SIDE = 32768  # pixels, beyond any film
 HALVES: dict[str, Half] = {"encode": "encoder", "decode": "decoder"}
 
@@ -141,16 +141,3 @@ def pixels(text: str) -> tuple[int, int]:
 def tile_size(text: str) -> tuple[int, int] | str:
     """An argparse type: `HxW`, "auto" or "off"."""
     return text if text in ("auto", "off") else pixels(text)
-
-
-def amount(text: str) -> int:
-    """An argparse type: bytes, such as `8GB`, `8G` (both of 1000^3) or `500MiB`."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?) ?([KMGT]?I?)B?", text.upper(), re.ASCII)
-    if not match or match[2] not in UNITS or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"'{text}' is not an amount of memory such as 8GB or 500MiB")
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-def in_words(size: int) -> str:
-    """Bytes as people read them."""
-    return "any amount" if size >= 1 << 60 else f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
