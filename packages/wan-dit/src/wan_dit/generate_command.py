@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 import time
@@ -103,7 +104,7 @@ def follow(pipe: Pipeline, settings: dict[str, Any], *consumers: Callable[[Event
     with progress() as on_event:
 
         def follow_all(event: Event) -> None:
-            for consume in (on_event, *consumers):
+            for consume in (*consumers, on_event):
                 consume(event)
 
         return pipe(**settings, on_event=follow_all)
@@ -157,8 +158,10 @@ def report(model: str, pipe: Pipeline, result: Result, files: list[Path]) -> Non
     if cached := result.manifest["cache"]:
         print("cache: " + ", ".join(f"{name} {value}" for name, value in cached.items()))
     again = "a blue star moves up on a white background" if pipe.model.extra.get("words") else result.manifest["prompt"]
-    option = "" if model == MODEL else f" --model {shlex.quote(model)}"
-    print(f"try next: wan-dit generate {shlex.quote(again)}{option} --seed {result.seed + 1}")
+    options = [] if model == MODEL else ["--model", model]
+    for name, source in result.manifest["task"]["inputs"].items():
+        options += [f"--{re.sub('_[0-9]+$', '', name).replace('_', '-')}", str(source["path"])]
+    print(f"try next: wan-dit generate {shlex.join([again, *options, '--seed', str(result.seed + 1)])}")
     print(f"          wan-dit replay {shlex.quote(str(files[-1]))}")
     print("          wan-dit plugins")
 

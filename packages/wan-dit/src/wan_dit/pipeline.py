@@ -241,7 +241,7 @@ class Pipeline:
     def _prepare(self, request: Request, task: Task, timings: Timings) -> Generator[Event, None, Prepared]:
         """What the task makes of its inputs."""
         target = Target(self.model, self.specs["backbone"], request.size, request.frames, self.compat)
-        if isinstance(task, TextToVideo) and target.scheme != "vace":
+        if type(task) is TextToVideo and target.scheme != "vace":
             return Prepared()
         sees = getattr(target.backbone, "image_dim", None) is not None
         for part in ("vae", *(["image_encoder"] if sees else [])):

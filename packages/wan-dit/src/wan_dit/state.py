@@ -61,7 +61,19 @@ class RunState:
             if content.pop("format") != FORMAT:
                 raise ValueError("it is of another format")
             return cls(Run.model_validate_json(content.pop("run")), **content)
-        except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, ValidationError, pickle.UnpicklingError) as error:
+        except PermissionError:
+            raise
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            KeyError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            ValidationError,
+            pickle.UnpicklingError,
+        ) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"'{path}' is not the state of a run, or is damaged ({reason[:120]})") from error
 

@@ -34,6 +34,9 @@ class Continuation:
             raise ValueError(f"overlap must be 1 + a multiple of {time}, got {self.overlap}; nearest: {nearest}")
         if self.overlap >= target.frames:
             raise ValueError(f"overlap is {self.overlap} of {target.frames} frames, which leaves nothing to make: ask for more frames")
+        if (count := extent(self.video, target.model.fps).frames) < self.overlap:
+            found = f"the video has {count} frames at {target.model.fps} a second"
+            raise ValueError(f"{found}, {self.overlap} are needed: give a longer video, or a smaller overlap")
 
     def size(self, target: Target) -> Size:
         picture, area = extent(self.video, target.model.fps).size, target.size[0] * target.size[1]
