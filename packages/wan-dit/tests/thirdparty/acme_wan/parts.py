@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from .plugin import TEXT, VAE
+from .plugin import TEXT, VAE, WIDE
 
 
 class AcmeVAE(nn.Module):
@@ -30,3 +30,9 @@ class AcmeText(nn.Module):
     def encode(self, prompts):
         place = torch.arange(self.spec.embed_dim)
         return [torch.stack([torch.sin(place * (1 + sum(map(ord, word)) % 97)) for word in prompt.split() or [""]]) for prompt in prompts]
+
+
+class AcmeWideText(AcmeText):
+    """The same for another width."""
+
+    spec = WIDE

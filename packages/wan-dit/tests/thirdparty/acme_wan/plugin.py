@@ -12,6 +12,9 @@ _OWN = {"name": "acme", "weights": None, "format": None, "describe": None}
 VAE = replace(_TINY_VAE, **_OWN, target="acme_wan.parts:AcmeVAE", summary="marks a corner")
 TEXT = replace(_TINY_TEXT, **_OWN, target="acme_wan.parts:AcmeText", max_tokens=16)
 
+# another width and another space: a backbone reads it by way of a context embedder
+WIDE = replace(TEXT, name="acme-wide", target="acme_wan.parts:AcmeWideText", embed_dim=40, embedding_space="acme-wide-1")
+
 
 @hookimpl
 def wan_vaes():
@@ -20,4 +23,4 @@ def wan_vaes():
 
 @hookimpl
 def wan_text_encoders():
-    return [TEXT]
+    return [TEXT, WIDE]
