@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, convert_command, generate_command, replay_command
+from . import __version__, convert_command, generate_command, models_command, replay_command
 from ._shared.cli import Parser, add_common, run, show
-from .listing import describe, hooks, is_fault, plugin_rows, short
+from .listing import describe, hooks, is_fault, plugin_rows
 from .lora import lora_command
-from .plugins import PART_KINDS, Offer, discover, find, plugin_manager
+from .plugins import Offer, discover, find, plugin_manager
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     replay_command.add_commands(commands, _command)
     convert_command.add_commands(commands, _command)
     lora_command.add_commands(commands, _command)
-    _command(commands, "models", _models, "the installed models", listing=True)
+    models_command.add_commands(commands, _command)
     plugins = _command(commands, "plugins", _plugins, "every installed part of every kind", listing=True)
     plugins.add_argument("--check", action="store_true", help="import every target, find misspelt hooks; exit code 1 on a fault")
     info = _command(commands, "info", _info, "all facts of a part or a model", listing=True)
@@ -49,18 +49,6 @@ def _command(commands: Any, name: str, run_it: Callable[..., Any], text: str, *,
     parser.set_defaults(command=run_it)
     add_common(parser, listing=listing)
     return parser
-
-
-def _models(args: argparse.Namespace) -> None:
-    columns = ("name", "backbone", "vae", "text_encoder", "scheduler", "steps", "size", "frames", "summary")
-    rows, pm = [], plugin_manager()
-    for offer in discover("wan_models", pm):
-        if offer.spec:
-            facts = {**describe(offer), "size": "x".join(map(str, offer.spec.size))}
-            if not args.json:
-                facts |= {part: short(kind, facts[part], pm) for part, kind in PART_KINDS.items()}
-            rows.append({column: facts[column] for column in columns})
-    show(rows, as_json=args.json)
 
 
 def _plugins(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from .parameters import count_parameters
 from .plugins import BackboneSpec
 
 
@@ -82,6 +83,7 @@ class DiTConfig(BaseModel):
             image_dim=self.image_dim,
             image_tokens=self.pos_embed_seq_len,
             vace=bool(self.vace_layers),
+            parameters=count_parameters(self),
             format="wan-dit/1",
             describe="wan_dit.checkpoint:describe",
             **fields,

@@ -37,23 +37,48 @@ def wan_backbones() -> list[BackboneSpec]:
     hub = "hub:Wan-AI"
     t2v_a14b, i2v_a14b = f"{hub}/Wan2.2-T2V-A14B", f"{hub}/Wan2.2-I2V-A14B"
     return [
-        _Wan21("wan2.1-t2v-1.3b", weights=f"{hub}/Wan2.1-T2V-1.3B", summary="text to video, 1.4 B parameters"),
-        _Wan21("wan2.1-t2v-14b", weights=f"{hub}/Wan2.1-T2V-14B", summary="text to video, 14.3 B parameters"),
-        _WithImages("wan2.1-i2v-14b-480p", weights=f"{hub}/Wan2.1-I2V-14B-480P", summary="image to video, 16.4 B parameters"),
-        _WithImages("wan2.1-i2v-14b-720p", weights=f"{hub}/Wan2.1-I2V-14B-720P", summary="image to video, 16.4 B parameters"),
+        _Wan21("wan2.1-t2v-1.3b", parameters=1_418_996_800, weights=f"{hub}/Wan2.1-T2V-1.3B", summary="text to video"),
+        _Wan21("wan2.1-t2v-14b", parameters=14_288_491_584, weights=f"{hub}/Wan2.1-T2V-14B", summary="text to video"),
+        _WithImages("wan2.1-i2v-14b-480p", parameters=16_394_878_784, weights=f"{hub}/Wan2.1-I2V-14B-480P", summary="image to video"),
+        _WithImages("wan2.1-i2v-14b-720p", parameters=16_394_878_784, weights=f"{hub}/Wan2.1-I2V-14B-720P", summary="image to video"),
         _WithImages(
-            "wan2.1-flf2v-14b", weights=f"{hub}/Wan2.1-FLF2V-14B-720P", image_tokens=514, summary="first and last frame, 16.4 B parameters"
+            "wan2.1-flf2v-14b",
+            parameters=16_395_536_704,
+            weights=f"{hub}/Wan2.1-FLF2V-14B-720P",
+            image_tokens=514,
+            summary="first and last frame",
         ),
-        _Wan21("wan2.1-vace-1.3b", weights=f"{hub}/Wan2.1-VACE-1.3B", vace=True, summary="VACE, 2.2 B parameters"),
-        _Wan21("wan2.1-vace-14b", weights=f"{hub}/Wan2.1-VACE-14B", vace=True, summary="VACE, 17.3 B parameters"),
-        _Wan21("wan2.2-t2v-a14b-high", weights=f"{t2v_a14b}/high_noise_model", summary="text to video, expert of high noise"),
-        _Wan21("wan2.2-t2v-a14b-low", weights=f"{t2v_a14b}/low_noise_model", summary="text to video, expert of low noise"),
+        _Wan21("wan2.1-vace-1.3b", parameters=2_153_972_032, weights=f"{hub}/Wan2.1-VACE-1.3B", vace=True, summary="VACE"),
+        _Wan21("wan2.1-vace-14b", parameters=17_337_592_896, weights=f"{hub}/Wan2.1-VACE-14B", vace=True, summary="VACE"),
         _Wan21(
-            "wan2.2-i2v-a14b-high", weights=f"{i2v_a14b}/high_noise_model", in_channels=36, summary="image to video, expert of high noise"
+            "wan2.2-t2v-a14b-high",
+            parameters=14_288_491_584,
+            weights=f"{t2v_a14b}/high_noise_model",
+            summary="text to video, expert of high noise",
         ),
-        _Wan21("wan2.2-i2v-a14b-low", weights=f"{i2v_a14b}/low_noise_model", in_channels=36, summary="image to video, expert of low noise"),
+        _Wan21(
+            "wan2.2-t2v-a14b-low",
+            parameters=14_288_491_584,
+            weights=f"{t2v_a14b}/low_noise_model",
+            summary="text to video, expert of low noise",
+        ),
+        _Wan21(
+            "wan2.2-i2v-a14b-high",
+            parameters=14_288_901_184,
+            weights=f"{i2v_a14b}/high_noise_model",
+            in_channels=36,
+            summary="image to video, expert of high noise",
+        ),
+        _Wan21(
+            "wan2.2-i2v-a14b-low",
+            parameters=14_288_901_184,
+            weights=f"{i2v_a14b}/low_noise_model",
+            in_channels=36,
+            summary="image to video, expert of low noise",
+        ),
         _Backbone(
             "wan2.2-ti2v-5b",
+            parameters=4_999_787_712,
             latent_space="wan2.2",
             latent_channels=48,
             stride=(4, 16, 16),
@@ -62,10 +87,11 @@ def wan_backbones() -> list[BackboneSpec]:
             text_len=512,
             in_channels=48,
             weights=f"{hub}/Wan2.2-TI2V-5B",
-            summary="text, or a first frame, to video, 5 B parameters",
+            summary="text, or a first frame, to video",
         ),
         _Backbone(
             "tiny",
+            parameters=1_564_352,
             latent_space="tiny-1",
             latent_channels=16,
             stride=(4, 8, 8),

@@ -32,6 +32,7 @@ class BackboneSpec(ModelSpec):
     in_channels: latent channels in, with those a task concatenates; 0 where it is not told (then those of the latents)
     image_dim: width of image tokens, None where it takes none; image_tokens: how many it needs, None for those of one image
     vace: whether it takes a VACE context
+    parameters: how many it has, None where it is not told
     """
 
     latent_space: str
@@ -45,6 +46,7 @@ class BackboneSpec(ModelSpec):
     image_dim: int | None = field(default=None, kw_only=True)
     image_tokens: int | None = field(default=None, kw_only=True)
     vace: bool = field(default=False, kw_only=True)
+    parameters: int | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
