@@ -123,7 +123,7 @@ def test_listing_them_imports_no_torch(site: Path) -> None:
 
 def test_plugins_pass_their_conformance_kits(sources: Path, site: Path) -> None:
     kits = sorted(str(path) for path in sources.glob("*/tests/test_*.py"))
-    assert len(kits) == 5
+    assert len(kits) == 7
     command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {**os.environ, "PYTHONPATH": str(site), "PYTEST_ADDOPTS": ""}
     done = subprocess.run([*command, "--rootdir", str(sources), *kits], cwd=sources, env=environment, capture_output=True, text=True)
@@ -195,6 +195,16 @@ def test_scheduler_makes_a_video_and_is_of_second_order(here: Path) -> None:
         return abs(sample.item() - 0.5)
 
     assert math.log2(error(64) / error(128)) > 1.7
+
+
+def test_attention_is_used(here: Path) -> None:
+    follow("wan_attentions")
+    assert manifest()["options"]["attention"] == "sliced"
+
+
+def test_cache_skips_the_blocks_in_half_of_the_later_evaluations(here: Path) -> None:
+    follow("wan_caches")
+    assert manifest()["cache"]["branches"]["positive"] == {"evaluations": 12, "skipped": 3}
 
 
 def test_model_brings_its_settings(here: Path) -> None:

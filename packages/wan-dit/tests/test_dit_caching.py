@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from wan_dit import load_backbone
+from wan_dit import Pipeline, load_backbone
 from wan_dit.caching import (
     CacheRun,
     CfgGate,
@@ -24,6 +24,7 @@ from wan_dit.caching import (
     calibrate,
     find_cache,
     measured_error,
+    measured_run,
     relative_error,
     write_ratios,
 )
@@ -121,6 +122,15 @@ def test_errors_are_measured_against_the_uncached_run(trial: Trial, uncached: Te
     assert measured.error == pytest.approx(float((cached - uncached).norm() / uncached.norm()), rel=1e-5)
     assert measured.seconds > 0
     assert measured.uncached_seconds > 0
+
+
+def test_a_whole_pipeline_is_measured_too() -> None:
+    pipe = Pipeline("tiny")
+    measured = measured_run(pipe, "teacache:threshold=0.2,first=3", "a red circle moves left", seed=1, steps=8)
+    assert measured.report["evaluations"] == 16
+    assert measured.report["skipped"] > 0
+    assert 0 < measured.error < 0.5
+    assert measured_run(pipe, "teacache:threshold=0", "a red circle moves left", seed=1, steps=8).error == 0
 
 
 def counted(trial: Trial) -> tuple[Trial, list[int]]:

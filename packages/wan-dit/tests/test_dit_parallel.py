@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from caching_tasks import cache_task
+from caching_tasks import cache_task, kernel_task
 from documentation import ROOT, blocks
 from parallel_tasks import agree_task, attention_task, checkpoint_task, guidance_task, model_task, run
 from wan_dit import Pipeline
@@ -111,6 +111,15 @@ def test_processes_agree_on_the_largest_value(group: Group) -> None:
     assert [answer[:3] for answer in answers] == [[True, False, 0.1 * 3]] * 4
     assert [answer[3] for answer in answers] == [2, 3, 2, 3], "rings are ranks 0, 2 and 1, 3"
     assert all(type(value) is kind for value, kind in zip(answers[0], (bool, bool, float, int), strict=True))
+
+
+@pytest.mark.parametrize(("degrees", "shape"), [({"ulysses": 2}, (2, 28, 2, 12)), ({"ring": 2}, (2, 14, 4, 12))], ids=str)
+def test_a_chosen_attention_runs_within_parallel_attention(group: Group, degrees: dict[str, int], shape: tuple[int, ...]) -> None:
+    for velocity, gradients, calls, refused in group(2, kernel_task, degrees):
+        assert max(velocity, gradients) <= TOLERANCE
+        assert calls
+        assert set(calls) == {shape}
+        assert refused == "attention 'sdpa' has to be chosen before the backbone is parallelized"
 
 
 @pytest.mark.parametrize(("degrees", "fsdp"), [({"ulysses": 2}, False), ({"cfg": 2}, False), ({"ring": 2}, True)], ids=str)

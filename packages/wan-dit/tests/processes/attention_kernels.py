@@ -28,6 +28,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def with_log_sum_exp(q: Tensor, k: Tensor, v: Tensor, with_lse: bool = False) -> Any:
+    CALLS.append(tuple(q.shape))
     out = PlainLse().forward(q, k, v)
     return out if with_lse else out[0]
 

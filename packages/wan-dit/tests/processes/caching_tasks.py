@@ -1,15 +1,17 @@
-"""A cache of another package, with or without a defect, and what processes do with caches; a module that a string can name."""
+"""A cache of another package, with or without a defect, and what processes do with caches and attentions; a string can name it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import attention_kernels
 import torch
 import torch.distributed as dist
-from parallel_tasks import inputs, make, mesh_of, same_bits
+from parallel_tasks import averaged, forward_backward, inputs, make, mesh_of, same_bits
 from torch import Tensor
 from wan_dit import parallel
+from wan_dit.attentions import use_attention
 from wan_dit.caching import Trial, TrunkRun, find_cache
 from wan_dit.guidance import guided_velocity
 from wan_dit.plugins import find
@@ -97,3 +99,19 @@ def cache_task(degrees: dict[str, int], fsdp: bool, agreeing: bool = True) -> di
             reports.append(run.report())
         answer[name] = difference(latents[1], latents[0]), same_bits(latents[1]), reports[1]["skipped"]
     return answer
+
+
+def kernel_task(degrees: dict[str, int]) -> tuple[float, float, list[tuple[int, ...]], str]:
+    """How far velocity and gradients are apart where an attention is chosen first, what it was called with, and what is said afterwards."""
+    alone, together = make("text"), make("text")
+    use_attention(together, "attention_kernels:with_log_sum_exp")
+    parallel.parallelize(together, mesh_of(**degrees))
+    velocity, gradients = forward_backward(alone, inputs("text", (3, 6, 6)))
+    attention_kernels.CALLS.clear()
+    got, got_gradients = forward_backward(together, inputs("text", (3, 6, 6)))
+    worst = max(difference(averaged(got_gradients[key]), gradients[key]) for key in gradients)
+    try:
+        use_attention(together, "sdpa")
+    except ValueError as error:
+        return difference(got, velocity), worst, attention_kernels.CALLS, str(error)
+    return difference(got, velocity), worst, attention_kernels.CALLS, ""

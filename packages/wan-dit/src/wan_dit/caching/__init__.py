@@ -19,7 +19,7 @@ from .easycache import EasyCache
 from .find import find_cache
 from .firstblock import FirstBlockCache
 from .magcache import MagCache, read_ratios, write_ratios
-from .measure import Measured, Trial, calibrate, measured_error, relative_error
+from .measure import Measured, Trial, calibrate, measured_error, measured_run, relative_error
 from .teacache import TeaCache
 from .trunk import TrunkRun
 
@@ -39,6 +39,7 @@ __all__ = [
     "calibrate",
     "find_cache",
     "measured_error",
+    "measured_run",
     "read_ratios",
     "relative_error",
     "write_ratios",

@@ -1,7 +1,8 @@
 """Attention cache: self-attention is computed every few evaluations, and its output used again in between.
 
 The Wan report (arXiv 2503.20314), section 4.4, whose CFG cache is `cfg-gate:after=0,every=N`. The output of every block is kept
-for each branch: as much memory as the tokens, times the blocks.
+for each branch: as much memory as the tokens, times the blocks. While the trunk runs, its blocks attend through the cache, so that
+a backbone must not run in two threads at once.
 """
 
 from __future__ import annotations

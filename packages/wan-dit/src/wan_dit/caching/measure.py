@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..contracts import Backbone, Cache, CacheRun, Conditioning, Context, Schedule, Scheduler
+from ..events import Done, Step
 from ..guidance import guided_velocity
 from .magcache import Calibration, Ratios
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,22 @@ def measured_error(cache: Cache, trial: Trial) -> Measured:
         times.append(time.perf_counter())
     uncached, cached = results
     return Measured(relative_error(cached, uncached), times[2] - times[1], times[1] - times[0], run.report())
+
+
+def measured_run(pipeline: Pipeline, cache: str, prompt: str, **settings: Any) -> Measured:
+    """As `measured_error`, of a whole pipeline with its tasks, experts and processes; `settings` are those of `Pipeline.stream`."""
+    latents: list[Tensor] = []
+    seconds: list[float] = []
+    report: dict[str, Any] = {}
+    for each in (None, cache):
+        for event in pipeline.stream(prompt, cache=each, **settings):
+            if isinstance(event, Step) and event.i == event.n and event.state is not None:
+                latents.append(event.state.latents)
+            if isinstance(event, Done):
+                seconds.append(event.result.timings["denoise"])
+                report = event.result.manifest["cache"]
+    uncached, cached = latents
+    return Measured(relative_error(cached, uncached), seconds[1], seconds[0], report)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
