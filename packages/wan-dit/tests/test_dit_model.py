@@ -10,6 +10,7 @@ from wan_dit.config import T2V_1_3B, T2V_14B, TINY, DiTConfig
 from wan_dit.contracts import Conditioning
 from wan_dit.layers import time_sinusoid
 from wan_dit.model import WanDiT
+from wan_dit.plugins import find
 from wan_dit.rope import axis_angles, axis_widths, rope_table, rotate
 
 SMALL = DiTConfig(dim=48, ffn_dim=80, freq_dim=32, text_dim=20, text_len=40, num_heads=2, num_layers=2)
@@ -241,3 +242,24 @@ def test_the_same_seed_draws_the_same_weights() -> None:
         model.init_weights(torch.Generator().manual_seed(seed))
         prints.append(model.fingerprint())
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_rotation_is_the_same_in_real_numbers_and_finer_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, cpu = (2, 2, 3), torch.device("cpu")
+    table, exact, x = rope_table(grid, 24, cpu), rope_table(grid, 24, cpu, torch.complex128), torch.randn(2, 12, 3, 24)
+    turned = rotate(x, table)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert torch.allclose(rotate(x, table), turned, atol=1e-6)
+    assert rotate(x, exact).dtype == torch.float64
+    assert 0 < (rotate(x, exact) - turned).abs().max() < 1e-6
+
+
+def test_strict_precision_moves_the_result_by_its_last_digits() -> None:
+    model = find("wan_backbones", "tiny").load()
+    latents, context = torch.randn(1, 16, 5, 8, 8), model.encode_context([torch.randn(5, 96)])
+    with torch.no_grad():
+        official = model(latents, torch.tensor([900.0]), context)
+        model.precision = "strict"
+        strict = model(latents, torch.tensor([900.0]), context)
+    assert 0 < (strict - official).abs().max() < 1e-4

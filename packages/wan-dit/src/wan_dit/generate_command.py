@@ -80,8 +80,11 @@ def _generate(args: argparse.Namespace) -> None:
         task = task_of(vace=vace, references=tuple(args.reference), **{name: getattr(args, name) or None for name in INPUTS[:4]},
                        vace_scale=args.vace_scale, outpaint=args.outpaint, overlap=args.overlap)  # fmt: skip
         runs = [{"task": task, "cache": args.cache, **line} for line in lines]
-        for line in runs:
-            pipe.stream(**line)  # checks all of them, before the first is run
+        for i, line in enumerate(runs, 1):  # checks all of them, before the first is run
+            try:
+                pipe.stream(**line)
+            except ValueError as error:
+                raise ValueError(f"prompt {i} of '{args.prompts}': {error}" if args.prompts else str(error)) from error
         for line in runs:
             _run(pipe, args, line, main=setup.is_main)
 
@@ -93,6 +96,10 @@ def _run(pipe: Pipeline, args: argparse.Namespace, line: dict[str, Any], *, main
     target = _output(args, line)
     with kept(target.with_suffix(".state")) as keep, previewed(pipe, args.preview) as show:
         result = follow(pipe, line, keep, show)
+        if args.cache and args.cache_error:
+            exact = follow(pipe, {**line, "cache": None})
+            error = float((result.video - exact.video).norm() / exact.video.norm())
+            result.manifest["cache"] |= {"error": error, "uncached_seconds": exact.timings["denoise"]}
     # named again: another run may have taken the name meanwhile
     report(args.model, pipe, result, result.save(_output(args, line), overwrite=args.overwrite))
 
@@ -156,7 +163,7 @@ def report(model: str, pipe: Pipeline, result: Result, files: list[Path]) -> Non
         print(f"{file!s:{longest}}  {fact}")
     print("took: " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in result.timings.items()))
     if cached := result.manifest["cache"]:
-        print("cache: " + ", ".join(f"{name} {value}" for name, value in cached.items()))
+        print(f"cache: {cached['skipped']} of {cached['evaluations']} evaluations skipped ({cached['skips']})" + _cache_error(cached))
     again = "a blue star moves up on a white background" if pipe.model.extra.get("words") else result.manifest["prompt"]
     options = [] if model == MODEL else ["--model", model]
     for name, source in result.manifest["task"]["inputs"].items():
@@ -164,6 +171,12 @@ def report(model: str, pipe: Pipeline, result: Result, files: list[Path]) -> Non
     print(f"try next: wan-dit generate {shlex.join([again, *options, '--seed', str(result.seed + 1)])}")
     print(f"          wan-dit replay {shlex.quote(str(files[-1]))}")
     print("          wan-dit plugins")
+
+
+def _cache_error(cached: dict[str, Any]) -> str:
+    if "error" not in cached:
+        return ""
+    return f"; the video is off by {cached['error']:.2%} (relative L2) from the uncached one, which took {cached['uncached_seconds']:.2f} s"
 
 
 def _lines(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -176,6 +189,8 @@ def _lines(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.output and Path(args.output).suffix:
         raise ValueError(f"--prompts makes many videos: give a folder as --output, not '{args.output}'")
     path = Path(args.prompts)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of prompts at '{path}'")
     rows = [(i, text.strip()) for i, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
     rows = [(i, text) for i, text in rows if text and not text.startswith("#")]
     if not rows:

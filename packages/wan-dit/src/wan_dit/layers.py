@@ -65,12 +65,16 @@ class PatchEmbedding(nn.Conv3d):
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
-Precision = Literal["official", "diffusers", "fast"]
+Precision = Literal["strict", "official", "diffusers", "fast"]
 
 
 def precision_types(precision: Precision, weights: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """Types of the residual stream and of the modulation: `official` keeps both fp32, `diffusers` the latter, `fast` none."""
+    """Types of the residual stream and of the modulation: `official` keeps both fp32, `diffusers` the latter, `fast` none.
+
+    `strict` is `official` with the rotation of queries and keys in fp64, as the official code has it.
+    """
     return {
+        "strict": (torch.float32, torch.float32),
         "official": (torch.float32, torch.float32),
         "diffusers": (weights, torch.float32),
         "fast": (weights, weights),

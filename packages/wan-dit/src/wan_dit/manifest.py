@@ -87,7 +87,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    precision: Literal["official", "diffusers", "fast"] | None = None
+    precision: Literal["strict", "official", "diffusers", "fast"] | None = None
     attention: str | None = None
     cache: str | None = None
     offload: Literal["model", "blocks", "stream"] | None = None

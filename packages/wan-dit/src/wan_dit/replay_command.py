@@ -101,6 +101,6 @@ def _recorded(part: str, record: Part, pm: PluginManager) -> Any:
 
     kind = KINDS.get(part, "wan_models")
     if record.dist is None and not re.fullmatch(r"[\w.]+:[\w.]+", record.name):
-        option = part.replace("_", "-")
-        raise ValueError(f"the run used {part.replace('_', ' ')} '{record.name}', which no package offers: give it again with --{option}")
+        what, options = part.replace("_", " "), f"--{part.replace('_', '-')}" + (" or --model" if part == "backbone" else "")
+        raise ValueError(f"the run used {what} '{record.name}', which no package offers: give it again with {options}")
     return find(kind, f"{record.dist}:{record.name}" if record.dist else record.name, pm, typed=False)

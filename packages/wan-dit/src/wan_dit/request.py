@@ -79,6 +79,9 @@ def make_request(
         raise ValueError("the prompt is empty: say what the video shows, such as 'a red circle moves left'")
     for name, value in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
         _check_words(name, value, text)
+    if isinstance(request.guidance, tuple) and not model.low_noise_backbone:
+        low, high = request.guidance
+        raise ValueError(f"guidance {low:g},{high:g} is a pair for two experts, and model '{model.name}' is one backbone: give one number")
     _check_numbers(request)
     _check_shape(request, backbone)
     return request

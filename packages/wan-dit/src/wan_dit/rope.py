@@ -29,8 +29,8 @@ def axis_angles(length: int, width: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
-    """Unit complex64 numbers `[L, P]` for the tokens of a (frames, height, width) grid, width fastest."""
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device, dtype: torch.dtype = torch.complex64) -> Tensor:
+    """Unit complex numbers `[L, P]` for the tokens of a (frames, height, width) grid, width fastest."""
     with torch.inference_mode(False):  # the cached table must serve training too
         axes = [axis_angles(length, width) for length, width in zip(grid, axis_widths(head_dim), strict=True)]
         frames, height, width = grid
@@ -42,10 +42,13 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
             ],
             dim=-1,
         ).flatten(0, 2)
-        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
+        return torch.polar(torch.ones_like(angles), angles).to(dtype).to(device)
 
 
 def rotate(x_BLNH: Tensor, rope_LP: Tensor) -> Tensor:
-    """Turn interleaved (even, odd) pairs by the table, in fp32."""
-    x_BLNP = torch.view_as_complex(x_BLNH.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(x_BLNP * rope_LP[:, None]).flatten(-2)
+    """Turn interleaved (even, odd) pairs by the table, in its precision: fp32 for complex64, fp64 for complex128."""
+    pairs_BLNP2 = x_BLNH.to(rope_LP.dtype.to_real()).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # the compiler makes no code for complex numbers
+        (cos, sin), (even, odd) = torch.view_as_real(rope_LP)[:, None].unbind(-1), pairs_BLNP2.unbind(-1)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs_BLNP2) * rope_LP[:, None]).flatten(-2)

@@ -21,7 +21,7 @@ PARTS = {
 
 def add_size_options(group: Any) -> None:
     group.add_argument("--frames", metavar="N", type=int, help="number of frames")
-    group.add_argument("--size", metavar="WxH", help="width and height in pixels, such as 64x64; with an image its shape is kept")
+    group.add_argument("--size", metavar="WxH", help="width and height in pixels, such as 64x64; with an image, by default in its shape")
 
 
 def add_parts(parser: argparse.ArgumentParser, instead_of: str, *, dtype: str, device: str) -> None:
@@ -40,12 +40,15 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--lora", metavar="FILE[:STRENGTH[:high|low]]", action="append", default=[], help="put a LoRA on; may be repeated")
     how.add_argument("--lora-unmatched", choices=("strict", "warn"), default="strict", help="LoRA keys without a place (default: strict)")
     how.add_argument("--context-embedder", metavar="FILE", help="makes the backbone read another text encoder")
-    how.add_argument("--precision", choices=("official", "diffusers", "fast"), help="of residuals and norms in 16 bits (default: official)")
+    how.add_argument(
+        "--precision", choices=("strict", "official", "diffusers", "fast"), help="of residuals and norms in 16 bits (default: official)"
+    )
     how.add_argument("--offload", choices=("none", "model", "blocks", "stream"), default="none",
                      help="keep in memory: all; a part at a time; some blocks; one block, read from its file")  # fmt: skip
     how.add_argument("--quantise", choices=("int8", "fp8"), help="linear layers of the blocks in 8 bits")
     how.add_argument("--attention", metavar="NAME", help="of wan-dit plugins (default: sdpa)")
     how.add_argument("--cache", metavar="NAME[:KEY=VALUE,...]", help="skip work that changes little, at some loss; of wan-dit plugins")
+    how.add_argument("--cache-error", action="store_true", help="run once more without the cache, and tell how far the video is off")
     how.add_argument("--compile", action="store_true", help="compile a block before the first step")
     how.add_argument("--compat", choices=("fixed", "official"), default="fixed", help="what to do where the official code has defects")
     many = parser.add_argument_group("processes", "Under torchrun --nproc-per-node N -m wan_dit ...")
