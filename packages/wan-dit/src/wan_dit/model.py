@@ -157,7 +157,7 @@ class WanDiT(Pretrained):
     """The backbone of Wan2.1 and Wan2.2: text to video, image to video, first and last frame, VACE, and Fun's control.
 
     precision: `"official"` (fp32 residual stream and modulation), `"diffusers"` (residual in the type of the weights) or
-    `"fast"` (modulation and norms too); they differ only where the weights are not fp32
+    `"fast"` (modulation and norms too), which differ only where the weights are not fp32; `"strict"` is official with fp64 rotations
     A new instance has torch's default weights, good for nothing but shapes: `from_pretrained` loads weights and
     `init_weights` draws those that training starts from.
 
@@ -262,7 +262,7 @@ class WanDiT(Pretrained):
         time_RD, rows_BL = self.embed_time(timestep, grid)
         modulation_R6D = self.time_projection(time_RD).unflatten(-1, (6, -1)).to(modulation)
         vace_BLD = None if given.vace is None else self.vace_patch_embedding(given.vace)
-        rope_LP = rope_table(grid, self.config.head_dim, x_BLD.device)
+        rope_LP = rope_table(grid, self.config.head_dim, x_BLD.device, torch.complex128 if self.precision == "strict" else torch.complex64)
         trunk = self.trunk if run_trunk is None else partial(run_trunk, self.trunk)
         x_BLD = trunk(x_BLD.to(residual), rope_LP, modulation_R6D, rows_BL, context, vace_BLD, given.vace_scale)
         velocity = self.head(x_BLD, time_RD, rows_BL, grid)
@@ -319,20 +319,6 @@ class WanDiT(Pretrained):
         return model
 
     @classmethod
-    def read_checkpoint(cls, path: Path) -> tuple[DiTConfig, PackedState]:
-        return read_checkpoint(path)
-
-    @classmethod
-    def official_names(cls, config: DiTConfig) -> dict[str, str]:
-        found = names(config, "official")
-        return found | {f"{own}_scale": f"{official}_scale" for own, official in found.items() if own.startswith("trunk.")}
-
-    def fingerprint(self) -> str:
-        """sha256 of the weights under their official names; of those in 8 bits the numbers that they stand for."""
-        state, table = packed_state(self.state_dict()), self.official_names(self.config)
-        dtype = self.patch_embedding.weight.dtype if kinds(state) else None
-        return fingerprint({table[key]: value for key, value in state.items()}, dtype)
-    @classmethod
     def from_pretrained(
         cls, source: str | os.PathLike[str], *, dtype: Any = None, device: Any = None, quantise: Quantisation | None = None
     ) -> Self:
@@ -348,3 +334,17 @@ class WanDiT(Pretrained):
         dtype = dtype or default_dtype(state, torch.device(device or "cpu"))
         return build_quantised(lambda: cls(config), state, "trunk", quantise, dtype=dtype, device=device, source=path)
 
+    @classmethod
+    def read_checkpoint(cls, path: Path) -> tuple[DiTConfig, PackedState]:
+        return read_checkpoint(path)
+
+    @classmethod
+    def official_names(cls, config: DiTConfig) -> dict[str, str]:
+        found = names(config, "official")
+        return found | {f"{own}_scale": f"{official}_scale" for own, official in found.items() if own.startswith("trunk.")}
+
+    def fingerprint(self) -> str:
+        """sha256 of the weights under their official names; of those in 8 bits the numbers that they stand for."""
+        state, table = packed_state(self.state_dict()), self.official_names(self.config)
+        dtype = self.patch_embedding.weight.dtype if kinds(state) else None
+        return fingerprint({table[key]: value for key, value in state.items()}, dtype)
