@@ -115,6 +115,14 @@ def test_the_bound_follows_the_type_of_the_weights(dtype: torch.dtype, pm: Plugi
         use_attention(backbone, "wrong_scale", pm)
 
 
+def test_the_probe_runs_where_the_backbone_will(pm: PluginManager) -> None:
+    backbone = load_backbone("tiny")
+    backbone.trunk.blocks.to("meta")  # as blocks are that are streamed from a file
+    assert use_attention(backbone, "plain", pm) <= 1e-5
+    with pytest.raises(ValueError, match="does not run on meta"):
+        use_attention(backbone, "for_gpus_only", pm, device="meta")
+
+
 def test_what_is_not_installed_is_told(pm: PluginManager) -> None:
     backbone = load_backbone("tiny")
     with pytest.raises(LookupError, match=r"no attention named 'sgae' \(installed: flash, sage, sdpa, .*; did you mean 'sage'\?"):

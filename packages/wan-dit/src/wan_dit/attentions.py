@@ -28,10 +28,13 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  #
 SHAPES = ((1, 128), (2, 77), (1, 1025), (1, 5))  # (batch, tokens): a whole block, and counts that leave part of one
 
 
-def use_attention(backbone: nn.Module, ref: str, pm: pluggy.PluginManager | None = None) -> float:
+def use_attention(
+    backbone: nn.Module, ref: str, pm: pluggy.PluginManager | None = None, *, device: torch.device | str | None = None
+) -> float:
     """Let every block of a backbone attend by the kernel of kind `wan_attentions` that `ref` names.
 
-    Before, it is probed where the backbone is and in the type of its weights. To be called before `parallelize`, which keeps it.
+    Before, it is probed in the type of the weights. To be called before `parallelize`, which keeps it.
+    device: where the backbone is going to run; None is where its embeddings are now
     Returns the largest relative error of the probe.
 
     Raises LookupError where the name, or a package that it needs, is not installed; ValueError where the kernel does not run here or
@@ -48,15 +51,17 @@ def use_attention(backbone: nn.Module, ref: str, pm: pluggy.PluginManager | None
     except ImportError as missing:
         raise _missing(spec, missing) from missing
     blocks = [*cast(nn.ModuleList, trunk.blocks), *getattr(trunk, "vace_blocks", ())]
-    worst = probe(spec, attend, blocks[0].self_attn)
+    if device is None:  # blocks may be offloaded
+        device = next((value.device for name, value in backbone.named_parameters() if not name.startswith("trunk.")), torch.device("cpu"))
+    worst = probe(spec, attend, blocks[0].self_attn, device)
     for block in blocks:
         block.self_attn.attend = attend
     return worst
 
 
 @torch.no_grad()
-def probe(spec: Any, attend: Attention, like: Any) -> float:
-    """The largest relative L2 error against exact attention in fp32, of random tensors with the heads, type and device of `like`.
+def probe(spec: Any, attend: Attention, like: Any, device: torch.device | str = "cpu") -> float:
+    """The largest relative L2 error against exact attention in fp32, of random tensors with the heads and type of `like`.
 
     like: the self-attention of a block
     The log-sum-exp is compared too, of an attention that returns it. Raises as `use_attention` does.
@@ -66,7 +71,7 @@ def probe(spec: Any, attend: Attention, like: Any) -> float:
     bound = getattr(spec, "tolerance", None) or TOLERANCES.get(bias.dtype, TOLERANCES[torch.float32])
     generator = torch.Generator().manual_seed(0)
     for batch, tokens in SHAPES:
-        q, k, v = (torch.randn(batch, tokens, like.num_heads, width, generator=generator).to(bias.device, bias.dtype) for _ in range(3))
+        q, k, v = (torch.randn(batch, tokens, like.num_heads, width, generator=generator).to(device, bias.dtype) for _ in range(3))
         k = k + 2 * torch.randn(width, generator=generator).to(k)  # keys have channels far from zero, which 8 bits feel
         expected = PlainLse().forward(q.float(), k.float(), v.float())
         for got, exact in zip(_call(spec, attend, q, k, v), expected, strict=False):
