@@ -142,7 +142,7 @@ def test_settings_reach_the_run(here: Path) -> None:
         ([" ".join(["red"] * 10_000)], "the prompt has 10000 words, text encoder 'tiny' reads at most 32 tokens: shorten it"),
         ([PROMPT, "--output", "file/a.mp4"], "cannot write 'file/a.mp4'"),
         ([PROMPT, "--output", "/dev/null/a.mp4"], "cannot write '/dev/null/a.mp4': Not a directory"),
-        ([PROMPT, "--output", "a.webm"], "cannot write 'a.webm': give a name such as FILE.mp4, FILE.gif, or FOLDER/%04d.png"),
+        ([PROMPT, "--output", "a.webm"], "cannot write 'a.webm': give a name such as FILE.mp4, FILE.gif, "),
         ([PROMPT, "--context", "nowhere"], "no context folder at 'nowhere'"),
         ([PROMPT, "--device", "toaster"], "device 'toaster' cannot be used here"),
     ],

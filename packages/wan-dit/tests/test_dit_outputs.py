@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from wan_dit import outputs
+from wan_dit import Pipeline, outputs
 from wan_dit._shared.cli import Parser, run
 from wan_dit.inputs import read_video
 from wan_dit.media import contact_sheet, to_frames, write, write_frames, write_gif
@@ -105,9 +105,9 @@ def test_the_name_says_what_is_written(path: str, expected: tuple[str, ...]) -> 
     assert tuple(map(str, outputs.targets(path))) == expected
 
 
-@pytest.mark.parametrize("path", ["a.webm", "a.png", "a", "%04d.png", "a/%04d.jpg", "a/%04d_%d.png", "a%d/%d.png", "/%04d.png"])
+@pytest.mark.parametrize("path", ["a.webm", "a", "%04d.png", "a/%04d.jpg", "a/%04d_%d.png", "a%d/%d.png", "/%04d.png"])
 def test_other_names_are_refused(path: str) -> None:
-    with pytest.raises(ValueError, match=r"cannot write (frames to )?'.*': (give a name such as FILE.mp4, FILE.gif, or|name) .*%04d.png"):
+    with pytest.raises(ValueError, match=r"cannot write (frames to )?'.*': (give a name such as FILE.mp4, FILE.gif,|name) .*%04d.png"):
         outputs.targets(path)
 
 
@@ -136,6 +136,18 @@ def test_an_empty_folder_may_take_frames_and_a_file_may_not(here: Path) -> None:
     (here / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="'file' is a file"):
         outputs.check("file/%04d.png")
+
+
+@pytest.mark.parametrize(("path", "first"), [("a.gif", "a.gif"), (PATTERN, "clip/0001.png")])
+def test_a_result_is_saved_as_its_name_says(here: Path, path: str, first: str) -> None:
+    result = Pipeline("tiny")("a red circle moves left", steps=1, frames=5, size=(32, 16))
+    assert result.save(path) == list(outputs.targets(path))
+    with Image.open(first) as image:
+        assert (image.format, image.size) == (Path(first).suffix[1:].upper(), (32, 16))
+    if path == PATTERN:
+        assert read_video("clip").shape == (3, 5, 16, 32)
+    with pytest.raises(FileExistsError):
+        result.save(path)
 
 
 @pytest.mark.parametrize("path", ["a.mp4", "a.gif", PATTERN])
