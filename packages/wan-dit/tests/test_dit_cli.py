@@ -52,7 +52,7 @@ def test_generate_writes_a_video_a_contact_sheet_and_a_manifest(here: Path, caps
 
 
 def test_output_is_a_file_or_a_folder(here: Path) -> None:
-    small = ["--steps", "1", "--frames", "1", "--size", "16x16", "--device", "cpu"]
+    small = ["--steps", "1", "--frames", "5", "--size", "16x16", "--device", "cpu"]
     assert main(["generate", PROMPT, *small, "--output", "a/b.mp4"]) == 0
     assert main(["generate", *PROMPT.split(), *small, "--output", "a"]) == 0
     assert {"a/b.mp4", "a/a-red-circle-moves-left-0.mp4"} <= set(files(here))
@@ -61,7 +61,7 @@ def test_output_is_a_file_or_a_folder(here: Path) -> None:
 def test_a_named_file_is_replaced_only_on_demand_and_a_made_up_name_is_numbered(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = ["generate", PROMPT, "--steps", "1", "--frames", "1", "--size", "16x16", "--device", "cpu"]
+    small = ["generate", PROMPT, "--steps", "1", "--frames", "5", "--size", "16x16", "--device", "cpu"]
     (here / "package.json").write_text("{}")
     (here / "sheet.png").write_text("")
     for name, taken in (("package", "package.json"), ("sheet", "sheet.png")):

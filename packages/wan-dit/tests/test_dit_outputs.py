@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from wan_dit import Pipeline, outputs
+from wan_dit import Pipeline, media, outputs
 from wan_dit._shared.cli import Parser, run
+from wan_dit.cli import main
 from wan_dit.inputs import read_video
 from wan_dit.media import contact_sheet, to_frames, write, write_frames, write_gif
 
@@ -217,3 +218,20 @@ def test_a_folder_that_takes_no_files_is_told_before_anything_is_made(here: Path
         (here / "locked").mkdir(mode=0o500)
         with pytest.raises(OSError, match="Permission denied"):
             outputs.check("locked/a.gif")
+
+
+def test_one_frame_is_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = ["generate", "a red circle", "--steps", "1", "--size", "32x16", "--device", "cpu"]
+    assert main([*run, "--frames", "1"]) == 0
+    assert main([*run, "--frames", "1", "--output", "a.png"]) == 0
+    names = ["a.json", "a.png", "outputs", "outputs/a-red-circle-0.json", "outputs/a-red-circle-0.png"]
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == names
+    with Image.open("a.png") as image:
+        assert image.size == (32, 16)
+    assert main(["replay", "a.json"]) == 0
+    capsys.readouterr()
+    assert main([*run, "--frames", "5", "--output", "b.png"]) == 2
+    assert capsys.readouterr().err == "wan-dit: error: 'b.png' is one image, and the video has 5 frames: give another name, or --frames 1\n"
+    with pytest.raises(ValueError, match="cannot write 5 frames to one image"):
+        media.write_image(torch.zeros(1, 3, 5, 16, 16), tmp_path / "c.png")

@@ -288,6 +288,13 @@ def test_a_compiled_block_computes_the_same(plain: Tensor) -> None:
     assert off(make(BackboneSetup(compile=True)), plain) < 1e-4
 
 
+def test_a_loaded_backbone_is_used_as_it_is() -> None:
+    backbone = find("wan_backbones", "tiny").load()
+    with pytest.raises(ValueError, match="is an object, used as it is: set it up before it is given"):
+        Pipeline("tiny", backbone=backbone, setup=BackboneSetup(attention="sdpa-math"))
+    Pipeline("tiny", backbone=backbone, setup=BackboneSetup(offload="model"))
+
+
 def test_five_lines() -> None:
     """As the README has it: a backbone of one's own in a pipeline, everything else by name."""
     backbone = WanDiT.from_pretrained(find("wan_backbones", "tiny").weights)

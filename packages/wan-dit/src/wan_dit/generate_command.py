@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +61,8 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
 
 def _generate(args: argparse.Namespace) -> None:
     lines = _lines(args)
-    if len(lines) == 1:
-        outputs.check(_output(args, lines[0]), overwrite=args.overwrite)
+    if given := _given_file(args):
+        outputs.check(given, overwrite=args.overwrite)
 
     from ._shared.weights import best_device
     from .pipeline import Pipeline
@@ -85,6 +85,8 @@ def _generate(args: argparse.Namespace) -> None:
                 pipe.stream(**line)
             except ValueError as error:
                 raise ValueError(f"prompt {i} of '{args.prompts}': {error}" if args.prompts else str(error)) from error
+        if given and outputs.is_image(given) and (frames := _frames(pipe, runs[0])) > 1:
+            raise ValueError(f"'{given}' is one image, and the video has {frames} frames: give another name, or --frames 1")
         for line in runs:
             _run(pipe, args, line, main=setup.is_main)
 
@@ -93,15 +95,17 @@ def _run(pipe: Pipeline, args: argparse.Namespace, line: dict[str, Any], *, main
     if not main:
         pipe(**line)
         return
-    target = _output(args, line)
-    with kept(target.with_suffix(".state")) as keep, previewed(pipe, args.preview) as show:
+    suffix = ".png" if _frames(pipe, line) == 1 else ".mp4"
+    state = outputs.targets(_output(args, line, suffix))[-1].with_suffix(".state")
+    with kept(state) as keep, previewed(pipe, args.preview) as show:
         result = follow(pipe, line, keep, show)
         if args.cache and args.cache_error:
             exact = follow(pipe, {**line, "cache": None})
             error = float((result.video - exact.video).norm() / exact.video.norm())
             result.manifest["cache"] |= {"error": error, "uncached_seconds": exact.timings["denoise"]}
-    # named again: another run may have taken the name meanwhile
-    report(args.model, pipe, result, result.save(_output(args, line), overwrite=args.overwrite))
+        # named again: another run may have taken the name meanwhile
+        files = result.save(_output(args, line, suffix), overwrite=args.overwrite)
+    report(args.model, pipe, result, files)
 
 
 def follow(pipe: Pipeline, settings: dict[str, Any], *consumers: Callable[[Event], None]) -> Result:
@@ -119,7 +123,7 @@ def follow(pipe: Pipeline, settings: dict[str, Any], *consumers: Callable[[Event
 
 @contextmanager
 def kept(path: Path) -> Iterator[Callable[[Event], None]]:
-    """Keeps the state of a run at `path`: once a minute, and where it is interrupted; no file is left of a run that ends well."""
+    """Keeps the state of a run at `path`: once a minute, and where it is interrupted or has no room; a run that ends well leaves none."""
     last: RunState | None = None
     saved = time.monotonic()
 
@@ -132,11 +136,12 @@ def kept(path: Path) -> Iterator[Callable[[Event], None]]:
 
     try:
         yield keep
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OSError, MemoryError):
         if last is not None:
-            last.save(path)
-            again = f"go on with: wan-dit resume {shlex.quote(str(path))}"
-            print(f"wan-dit: stopped after {last.steps_done} evaluations; {again}", file=sys.stderr)
+            with suppress(OSError):  # a full disk may take no state either
+                last.save(path)
+                again = f"go on with: wan-dit resume {shlex.quote(str(path))}"
+                print(f"wan-dit: stopped after {last.steps_done} evaluations; {again}", file=sys.stderr)
         raise
     path.unlink(missing_ok=True)
 
@@ -157,7 +162,11 @@ def previewed(pipe: Pipeline, path: str | None) -> Iterator[Callable[[Event], No
 def report(model: str, pipe: Pipeline, result: Result, files: list[Path]) -> None:
     """What was written, how long it took, and what to try next."""
     frames, (width, height) = result.manifest["frames"], result.manifest["size"]
-    facts = (f"video: {frames} frames of {width}x{height}, {result.fps} a second", "contact sheet of the frames", "run manifest")
+    facts = ["run manifest"]
+    if len(files) == 2:
+        facts = [f"image of {width}x{height}", *facts]
+    else:
+        facts = [f"video: {frames} frames of {width}x{height}, {result.fps} a second", "contact sheet of the frames", *facts]
     longest = max(len(str(file)) for file in files)
     for file, fact in zip(files, facts, strict=True):
         print(f"{file!s:{longest}}  {fact}")
@@ -213,8 +222,17 @@ def _json_line(path: Path, i: int, text: str) -> dict[str, Any]:
     return line
 
 
-def _output(args: argparse.Namespace, line: dict[str, Any]) -> Path:
-    given = Path(args.output or "outputs")
-    if args.output and given.suffix and not given.is_dir() and not args.output.endswith("/"):
-        return given
-    return outputs.free_name(given, line["prompt"], line["seed"], overwrite=args.overwrite)
+def _given_file(args: argparse.Namespace) -> Path | None:
+    """The output, where it is a file and not a folder."""
+    given = Path(args.output or "")
+    return given if args.output and given.suffix and not given.is_dir() and not args.output.endswith("/") else None
+
+
+def _output(args: argparse.Namespace, line: dict[str, Any], suffix: str) -> Path:
+    return _given_file(args) or outputs.free_name(
+        Path(args.output or "outputs"), line["prompt"], line["seed"], suffix, overwrite=args.overwrite
+    )
+
+
+def _frames(pipe: Pipeline, line: dict[str, Any]) -> int:
+    return pipe.settings(**{name: value for name, value in line.items() if name != "cache"}).frames

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._shared.files import replacing
-from .outputs import frame_name, is_pattern, replacing_frames, telling
+from .outputs import frame_name, is_image, is_pattern, replacing_frames, telling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,9 +32,14 @@ def to_frames(video: Tensor) -> np.ndarray[Any, Any]:
 
 
 def write(video: Tensor, path: str | os.PathLike[str], fps: float) -> Path:
-    """Write what the name asks for: a GIF, numbered frames (`FOLDER/%04d.png`), or else an mp4; whole or not at all."""
+    """Write what the name asks for: a GIF, numbered frames (`FOLDER/%04d.png`), one picture (.png), or else an mp4; whole or not at all.
+
+    ValueError for one picture of several frames.
+    """
     if is_pattern(path):
         return write_frames(video, path)
+    if is_image(path):
+        return write_image(video, path)
     return write_gif(video, path, fps) if Path(path).suffix.lower() == ".gif" else write_video(video, path, fps)
 
 
@@ -104,6 +109,16 @@ def write_frames(video: Tensor, path: str | os.PathLike[str]) -> Path:
         for i, pixels in enumerate(to_frames(video), start=1):
             _save(Image.fromarray(pixels), frame_name(scratch, i), format="PNG")
     return pattern.parent
+
+
+def write_image(video: Tensor, path: str | os.PathLike[str]) -> Path:
+    """Write a video of one frame as a PNG of its 8-bit pixels; ValueError where it has more."""
+    from PIL import Image
+
+    frames = to_frames(video)
+    if len(frames) != 1:
+        raise ValueError(f"cannot write {len(frames)} frames to one image '{path}': give FILE.mp4, FILE.gif or FOLDER/%04d.png")
+    return _save(Image.fromarray(frames[0]), path, format="PNG")
 
 
 def contact_sheet(video: Tensor, path: str | os.PathLike[str], columns: int = 6, *, most: int = 24) -> Path:

@@ -1,7 +1,7 @@
 """The files of a run, side by side under one name: the video, a contact sheet (.png) and the run's manifest (.json).
 
-The video is an mp4, a GIF, or a folder of numbered PNG files, by the name that is given: `a.mp4`, `a.gif`, `a/%04d.png`. Each
-appears whole or not at all.
+The video is an mp4, a GIF, or a folder of numbered PNG files, by the name that is given: `a.mp4`, `a.gif`, `a/%04d.png`; a single
+frame may be `a.png`, which needs no contact sheet. Each appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 
 from ._shared.files import replacing
 
-FORMATS = "FILE.mp4, FILE.gif, or FOLDER/%04d.png for numbered frames"  # for help texts
+FORMATS = "FILE.mp4, FILE.gif, FOLDER/%04d.png for numbered frames, or FILE.png for a single one"  # for help texts
 HELP = FORMATS.replace("%", "%%")  # as argparse wants it
 SUFFIXES = (".mp4", ".png", ".json")
 VIDEOS = (".mp4", ".gif")
 NUMBER = re.compile(r"%(?:0?[1-9])?d")
 
 
-def targets(path: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
-    """Video, contact sheet and manifest of a run at `path`: those of a folder of frames stand beside it.
+def targets(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Video, contact sheet and manifest of a run at `path`, or image and manifest; those of a folder of frames stand beside it.
 
     ValueError where `path` is none of `FORMATS`.
     """
@@ -34,6 +34,8 @@ def targets(path: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
     if is_pattern(path):
         folder = path.parent
         return path, folder.with_name(f"{folder.name}.png"), folder.with_name(f"{folder.name}.json")
+    if is_image(path):
+        return path, path.with_suffix(".json")
     if path.suffix.lower() not in VIDEOS:
         raise ValueError(f"cannot write '{path}': give a name such as {FORMATS}")
     return path, path.with_suffix(".png"), path.with_suffix(".json")
@@ -49,8 +51,13 @@ def is_pattern(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def check(path: str | os.PathLike[str], *, overwrite: bool = False) -> tuple[Path, Path, Path]:
-    """The three paths, where each can be written; leaves nothing behind.
+def is_image(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` names a single picture."""
+    return Path(path).suffix.lower() == ".png" and not is_pattern(path)
+
+
+def check(path: str | os.PathLike[str], *, overwrite: bool = False) -> tuple[Path, ...]:
+    """The paths of `targets`, where each can be written; leaves nothing behind.
 
     Raises OSError where one exists, unless `overwrite`, is a folder (but for frames), or where the folder takes no new files.
     """
@@ -80,16 +87,15 @@ def frame_name(pattern: Path, i: int) -> Path:
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[tuple[Path, Path, Path]]:
-    """Scratch names for video, contact sheet and manifest, that take their own when all are written; on an error nothing is left.
+def writing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[tuple[Path, ...]]:
+    """Scratch names for the files of `targets`, that take their own when all are written; on an error nothing is left.
 
     Raises as `check` does, and OSError that names `path` where the disk is full.
     """
     video, *others = check(path, overwrite=overwrite)
     with telling(video), ExitStack() as stack:
         scratch = stack.enter_context(replacing_frames(video) if is_pattern(video) else replacing(video))
-        sheet, record = (stack.enter_context(replacing(file)) for file in others)
-        yield scratch, sheet, record
+        yield scratch, *[stack.enter_context(replacing(file)) for file in others]
 
 
 @contextmanager
@@ -130,11 +136,13 @@ def telling(path: Path) -> Iterator[None]:
         raise
 
 
-def free_name(folder: Path, prompt: str, seed: int, *, overwrite: bool = False) -> Path:
-    """`<prompt>-<seed>.mp4` in `folder`, numbered `-2`, `-3`, ... where one of its three files is taken, unless `overwrite`."""
+def free_name(folder: Path, prompt: str, seed: int, suffix: str = ".mp4", *, overwrite: bool = False) -> Path:
+    """`<prompt>-<seed>.mp4` in `folder`, numbered `-2`, `-3`, ... where one of its files is taken, unless `overwrite`."""
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "video"
     names = (f"{words}-{seed}" + (f"-{n}" if n > 1 else "") for n in count(1))
-    return next(folder / f"{name}.mp4" for name in names if overwrite or not any((folder / f"{name}{end}").exists() for end in SUFFIXES))
+    return next(
+        folder / f"{name}{suffix}" for name in names if overwrite or not any((folder / f"{name}{end}").exists() for end in SUFFIXES)
+    )
 
 
 def _check_folder(pattern: Path) -> None:

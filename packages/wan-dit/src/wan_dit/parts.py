@@ -119,6 +119,10 @@ class Parts:
         if part == "scheduler":  # has no weights, so what is wrong with it is said at once
             self._loaded[part] = as_scheduler(ref.load() if is_spec else ref)
         elif not is_spec:
+            if part in EXPERTS and self.setup.changes_backbone:
+                raise ValueError(
+                    f"{part.replace('_', ' ')} '{self.specs[part].name}' is an object, used as it is: set it up before it is given"
+                )
             self._loaded[part] = ref
             self._kept.add(part)
 

@@ -153,13 +153,10 @@ class Pipeline:
         Raises ValueError at once, with the nearest valid value, before anything is loaded. Streams of one pipeline may be
         interleaved; one that is closed stops.
         """
-        scheduler, task = self.parts["scheduler"], task or TextToVideo()
-        frames, size = self._extent(task, frames, size)
-        steps = getattr(scheduler, "steps", None) if steps is None else steps
-        shift = getattr(scheduler, "shift", None) if shift is None else shift
-        request = make_request(
-            self.model, self.specs["backbone"], self.specs["text_encoder"], prompt,
-            negative_prompt=negative_prompt, steps=steps, shift=shift, guidance=guidance, seed=seed, frames=frames, size=size,
+        task = task or TextToVideo()
+        request = self.settings(
+            prompt, task=task, negative_prompt=negative_prompt, steps=steps, shift=shift, guidance=guidance, seed=seed,
+            frames=frames, size=size,
         )  # fmt: skip
         if hint := unknown_words(self.model, prompt):
             warnings.warn(hint, UserWarning, stacklevel=2)
@@ -169,8 +166,21 @@ class Pipeline:
             policy = find_cache(cache, self.pm)
         else:
             policy = cache
-        job = _Job(request, task, scheduler.schedule(request.steps, request.shift), policy, None if cache is None else str(cache))
+        schedule = self.parts["scheduler"].schedule(request.steps, request.shift)
+        job = _Job(request, task, schedule, policy, None if cache is None else str(cache))
         return self._run(job, resume)
+
+    def settings(self, prompt: str, *, task: Task | None = None, **given: Any) -> Request:
+        """The settings that `stream` would run with: those given, and for the rest what the scheduler, the inputs or the model say.
+
+        Raises ValueError with the nearest valid value.
+        """
+        scheduler = self.parts["scheduler"]
+        for name in ("steps", "shift"):
+            given[name] = getattr(scheduler, name, None) if given.get(name) is None else given[name]
+        frames, size = self._extent(task or TextToVideo(), given.pop("frames", None), given.pop("size", None))
+        specs = self.model, self.specs["backbone"], self.specs["text_encoder"]
+        return make_request(*specs, prompt, frames=frames, size=size, **given)
 
     def preview(self, latents: Tensor) -> np.ndarray[Any, Any]:
         """A rough picture of latents `[1, C, T', H', W']`, uint8 `[T', H', W', 3]`, at no cost: by a linear map that is fitted once."""

@@ -31,18 +31,19 @@ class Result:
     manifest: dict[str, Any] = field(repr=False)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
-        """Write a video, and beside it a contact sheet (.png) and the run manifest (.json), all or none; returns the three paths.
+        """Write a video, and beside it a contact sheet (.png) and the run manifest (.json), all or none; returns their paths.
 
-        path: FILE.mp4, FILE.gif, or FOLDER/%04d.png for numbered frames
+        path: FILE.mp4, FILE.gif, FOLDER/%04d.png for numbered frames, or FILE.png for a single one, which needs no contact sheet
         Raises OSError where one of them exists and `overwrite` is not set, ValueError for another name.
         """
         from . import media
 
         began = time.perf_counter()
         files = outputs.check(path, overwrite=overwrite)
-        with outputs.writing(path, overwrite=overwrite) as (video, sheet, record):
+        with outputs.writing(path, overwrite=overwrite) as (video, *sheets, record):
             media.write(self.video, video, self.fps)
-            media.contact_sheet(self.video, sheet)
+            for sheet in sheets:
+                media.contact_sheet(self.video, sheet)
             self.timings["write"] = time.perf_counter() - began
             made = manifest.Manifest(**{**self.manifest, "timings": self.timings})
             record.write_text(made.model_dump_json(indent=2) + "\n")

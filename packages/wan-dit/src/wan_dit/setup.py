@@ -81,6 +81,13 @@ class BackboneSetup:
         return self.mesh is None or torch.distributed.get_rank() == 0
 
     @property
+    def changes_backbone(self) -> bool:
+        """Whether a backbone is other after `load` and `apply` than the one that was read."""
+        plain = BackboneSetup()
+        names = ("precision", "attention", "quantise", "context_embedder", "compile", "mesh")
+        return self.streamed or bool(self.loras) or any(getattr(self, name) != getattr(plain, name) for name in names)
+
+    @property
     def streamed(self) -> bool:
         """Whether not all of a backbone's weights are in memory at a time."""
         return self.offload in ("blocks", "stream")
@@ -112,7 +119,7 @@ class BackboneSetup:
         if self.attention is not None:
             from .attentions import use_attention
 
-            use_attention(backbone, self.attention, pm)
+            use_attention(backbone, self.attention, pm, device=device)
         if self.mesh is not None:
             from .parallel import parallelize
 

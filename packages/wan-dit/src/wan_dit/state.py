@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from dataclasses import dataclass, field
@@ -47,8 +48,10 @@ class RunState:
             "latents": self.latents.cpu(), "scheduler": _on_cpu(self.scheduler), "generator": self.generator,
             "timings": dict(self.timings), "cache": _on_cpu(self.cache),
         }  # fmt: skip
+        content = io.BytesIO()  # torch's own writer fails in other ways than OSError on a full disk
+        torch.save({"format": FORMAT, "run": self.run.model_dump_json(), **fields}, content)
         with replacing(path) as scratch:
-            torch.save({"format": FORMAT, "run": self.run.model_dump_json(), **fields}, scratch)
+            scratch.write_bytes(content.getbuffer())
         return Path(path)
 
     @classmethod
