@@ -200,7 +200,7 @@ def _check_writable(model: nn.Module, terms: dict[str, list[_Term]], mode: Mode)
             kind = str(weight.dtype) if isinstance(weight, nn.Parameter) else "packed"
             raise ValueError(f"'{name}' is {kind}: a LoRA cannot be merged into it without loss, apply it with mode='live'")
         if weight.is_meta:
-            raise ValueError(f"'{name}' is on the meta device and has no numbers: load the model first, or mode='live' where it is offloaded")
+            raise ValueError(f"'{name}' is on the meta device and has no numbers: load it first, or use mode='live' where it is offloaded")
 
 
 def _linear(model: nn.Module, name: str) -> nn.Module | None:
