@@ -61,7 +61,7 @@ def backbone_pair(config: DiTConfig, seed: int = 0) -> tuple[WanDiT, Any]:
 
     ours = WanDiT(config).eval()
     randomise(ours, seed)
-    fields = {theirs: getattr(config, own) for own, theirs in DIT_FIELDS.items()}
+    fields = {theirs: getattr(config, own) for own, theirs in DIT_FIELDS.items() if not own.startswith("vace")}
     norm = "rms_norm_across_heads" if config.qk_norm else None
     theirs = WanTransformer3DModel(**fields, attention_head_dim=config.head_dim, qk_norm=norm)
     return ours, copy_weights(ours, theirs, dit_names(config, "diffusers"))
