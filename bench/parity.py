@@ -9,18 +9,20 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import parity_dit
 import torch
 from package_tests import PACKAGES, load
 from page import header, machine, table
+from parity_dit import Pairs, Row, exact_row, official_row
 from references import vae_pair
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from wan_dit.config import T2V_1_3B, T2V_14B
 from wan_dit.model import WanDiT
-from wan_dit.schedulers import DPMpp, UniPC
+from wan_dit.recognition import ARCHITECTURES
 from wan_text._shared.weights import build
 from wan_text.checkpoint import read_encoder
 from wan_text.clip_vision import CLIPVision
@@ -43,33 +45,21 @@ LIBRARIES = """The same random weights in both, over several small configuration
 """
 SIZES = """Built on the meta device from the preset; every tensor has its place in the published checkpoint.
 """
-Row = list[str]
 T = TypeVar("T")
-Pairs = list[tuple[Tensor, Tensor]]
 
 
 def golden() -> Iterator[Row]:
     """One row a case of the official code."""
-    vae, dit = load("wan-vae", "test_vae_golden"), load("wan-dit", "test_dit_golden")
+    vae = load("wan-vae", "test_vae_golden")
     for name in vae.CASES:
         for backend in vae.COMPUTED:
             measured = in_folder(lambda folder, name=name, backend=backend: vae_pairs(vae.computed_by(vae.Case(name, folder), backend)))
             yield official_row(name, f"moments, latents, video; {backend}", *measured)
     yield official_row("text_umt5", "hidden states of prompts of several lengths", *in_folder(text_pairs))
     yield official_row("clip_vision", "image tokens, preprocessing", *in_folder(clip_pairs))
-    for name in (*dit.CASES, "dit_ti2v_22"):
-        yield official_row(name, "velocity", *in_folder(lambda folder, name=name: dit_pairs(dit, name, folder)))
-    for solver, label in (("unipc", "UniPC"), ("dpmpp", "DPM-Solver++")):
-        pairs, *allowed = scheduler_pairs(solver)
-        yield official_row("schedulers", f"{label}: trajectories of {len(pairs)} grids", pairs, *allowed)
-    yield ["text_buckets", "relative position buckets", f"{bucket_errors()} wrong", "exact", "-"]
-    yield ["text_clean", "cleaned prompts, three modes", f"{cleaning_errors()} wrong", "exact", "-"]
-
-
-def official_row(name: str, what: str, pairs: Pairs, atol: float, rtol: float) -> Row:
-    worst = max(difference(got, expected) for got, expected in pairs)
-    used = max(float(((got - expected).abs() / (atol + rtol * expected.abs())).max()) for got, expected in pairs)
-    return [name, what, f"{worst:.1e}", f"atol {atol:.0e}, rtol {rtol:.0e}", f"{used:.0%}"]
+    yield exact_row("text_buckets", "relative position buckets", bucket_errors())
+    yield exact_row("text_clean", "cleaned prompts, three modes", cleaning_errors())
+    yield from parity_dit.golden()
 
 
 def in_folder(measure: Callable[[Path], T]) -> T:
@@ -84,19 +74,6 @@ def vae_pairs(case: Any) -> tuple[Pairs, float, float]:
         got = (*case.vae.moments(kept), case.vae.encode(kept))
         pairs += [(value, case.output(name, output)) for value, output in zip(got, ("mean", "log_var", "mean_normalised"), strict=True)]
     pairs += [(case.vae.decode(latents), case.output(name, "video").clamp(-1, 1)) for name, latents in case.calls("decode")]
-    return pairs, case.about["tolerance"]["atol"], case.about["tolerance"]["rtol"]
-
-
-def dit_pairs(module: Any, name: str, folder: Path) -> tuple[Pairs, float, float]:
-    pairs: Pairs = []
-
-    class Recorded(module.Case):
-        def excess(self, velocity: Tensor, name: str) -> float:
-            pairs.append((velocity, self.tensors[name]))
-            return float(super().excess(velocity, name))
-
-    case = Recorded(name, folder)
-    case.worst()
     return pairs, case.about["tolerance"]["atol"], case.about["tolerance"]["rtol"]
 
 
@@ -127,13 +104,6 @@ def clip_pairs(folder: Path) -> tuple[Pairs, float, float]:
     return pairs, near["atol"], near["rtol"]
 
 
-def scheduler_pairs(solver: str) -> tuple[Pairs, float, float]:
-    module = load("wan-dit", "test_dit_scheduler_golden")
-    runs = [run for run in module.CASE["runs"] if run["solver"] == solver]
-    pairs = [(module.trajectory(run), module.TENSORS[f"outputs/{run['name']}/trajectory"]) for run in runs]
-    return pairs, module.CASE["tolerance"]["trajectory_atol"], module.CASE["tolerance"]["trajectory_rtol"]
-
-
 def bucket_errors() -> int:
     about, tensors = text_case("text_buckets"), text_tensors("text_buckets")
     wrong = 0
@@ -151,7 +121,7 @@ def cleaning_errors() -> int:
 
 def libraries() -> Iterator[Row]:
     """One row a reference class of diffusers and transformers."""
-    vae, text, dit = load("wan-vae", "test_vae_diffusers"), load("wan-text", "test_text_parity"), load("wan-dit", "test_dit_diffusers")
+    vae, text = load("wan-vae", "test_vae_diffusers"), load("wan-text", "test_text_parity")
     for backend, limit in vae.TOLERANCES.items():
         encoded, decoded = zip(*(vae_differences(vae, config, backend) for config in vae.CONFIGS.values()), strict=True)
         count = f"{len(encoded)} configurations"
@@ -163,10 +133,7 @@ def libraries() -> Iterator[Row]:
     clip = load("wan-text", "test_text_clip")
     worst = max(in_folder(lambda folder, config=config: clip.off_transformers(folder, config, "gelu")) for config in clip.CONFIGS)
     yield ["CLIP vision tower", f"transformers CLIPVisionModel, {len(clip.CONFIGS)} configurations", f"{worst:.1e}", "1e-05"]
-    worst = max(dit_difference(dit, seed) for seed in range(len(dit.CONFIGS)))
-    yield ["backbone", f"diffusers WanTransformer3DModel, {len(dit.CONFIGS)} configurations", f"{worst:.1e} (relative L2)", "1e-05"]
-    yield ["UniPC", "diffusers UniPCMultistepScheduler on the official grid, 36 grids", f"{unipc_difference():.1e}", "0"]
-    yield ["DPM-Solver++", "diffusers DPMSolverMultistepScheduler on the official grid, 36 grids", f"{dpm_difference():.1e}", "0"]
+    yield from parity_dit.libraries()
 
 
 def vae_differences(module: Any, config: Any, backend: str) -> tuple[float, float]:
@@ -186,41 +153,6 @@ def text_difference(module: Any, sizes: dict[str, int], attention: str) -> float
     return difference(got[mask.bool()], expected[mask.bool()])
 
 
-def dit_difference(module: Any, seed: int) -> float:
-    theirs, generator = module.reference(module.CONFIGS[seed], seed), torch.Generator().manual_seed(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        ours = WanDiT.from_pretrained(folder)
-    latents, timestep = torch.randn(2, ours.config.in_dim, 3, 4, 6, generator=generator), torch.tensor([999.0, 271.0])
-    prompts = [torch.randn(length, ours.config.text_dim, generator=generator) for length in (7, 30)]
-    rows = torch.stack([nn.functional.pad(tokens, (0, 0, 0, ours.config.text_len - len(tokens))) for tokens in prompts])
-    expected = theirs(latents, timestep, rows, return_dict=False)[0]
-    return float((ours(latents, timestep, ours.encode_context(prompts)) - expected).norm() / expected.norm())
-
-
-def unipc_difference() -> float:
-    import numpy as np
-
-    module = load("wan-dit", "test_dit_scheduler_adapter")
-    worst = 0.0
-    for steps, shift in module.GRIDS:
-        solver = module.theirs.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-        solver.set_timesteps(sigmas=np.linspace(module.SIGMA_MAX, 0, steps + 1)[:-1])
-        pairs = zip(module.trajectory(UniPC(), steps, shift), module.plain_trajectory(solver), strict=True)
-        worst = max(worst, *(difference(got, expected) for got, expected in pairs))
-    return worst
-
-
-def dpm_difference() -> float:
-    module, worst = load("wan-dit", "test_dit_scheduler_adapter"), 0.0
-    for steps, shift in module.GRIDS:
-        schedule = DPMpp().schedule(steps, shift)
-        theirs = module.DiffusersScheduler(module.theirs.DPMSolverMultistepScheduler)  # runs on the schedule that it is started with
-        pairs = zip(*(module.along(solver, schedule) for solver in (DPMpp(), theirs)), strict=True)
-        worst = max(worst, *(difference(got, expected) for got, expected in pairs))
-    return worst
-
-
 def sizes() -> Iterator[Row]:
     """Parameters and tensors of the published models."""
     published: tuple[tuple[str, Callable[[], nn.Module]], ...] = (
@@ -228,8 +160,7 @@ def sizes() -> Iterator[Row]:
         ("Wan2.2 VAE", lambda: WanVAE(WAN22)),
         ("umT5-XXL encoder", lambda: UMT5Encoder(XXL)),
         ("CLIP ViT-H/14, the part of its vision tower that is used", lambda: CLIPVision(VIT_H_14)),
-        ("Wan2.1 T2V 1.3B", lambda: WanDiT(T2V_1_3B)),
-        ("Wan2.1 T2V 14B", lambda: WanDiT(T2V_14B)),
+        *((name, partial(WanDiT, config)) for name, config in ARCHITECTURES.items()),
     )
     for name, make in published:
         with torch.device("meta"):

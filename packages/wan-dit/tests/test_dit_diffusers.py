@@ -33,6 +33,15 @@ def reference(config: dict[str, Any], seed: int) -> WanTransformer3DModel:
     return made.eval()
 
 
+def padded(text: list[torch.Tensor], rows: int) -> torch.Tensor:
+    return torch.stack([torch.nn.functional.pad(tokens, (0, 0, 0, rows - len(tokens))) for tokens in text])
+
+
+def apart(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2 distance."""
+    return float((got - expected).norm() / expected.norm())
+
+
 @pytest.mark.parametrize("seed", range(len(CONFIGS)))
 @torch.no_grad()
 def test_velocity_equals_diffusers(seed: int, tmp_path: Path) -> None:
@@ -42,10 +51,8 @@ def test_velocity_equals_diffusers(seed: int, tmp_path: Path) -> None:
     latents = torch.randn(2, ours.config.in_dim, 3, 4, 6)
     timestep = torch.tensor([999.0, 271.0])
     text = [torch.randn(length, ours.config.text_dim) for length in (7, 30)]
-    padded = torch.stack([torch.nn.functional.pad(tokens, (0, 0, 0, ours.config.text_len - len(tokens))) for tokens in text])
-    expected = theirs(latents, timestep, padded, return_dict=False)[0]
-    got = ours(latents, timestep, ours.encode_context(text))
-    assert float((got - expected).norm() / expected.norm()) <= 1e-5
+    expected = theirs(latents, timestep, padded(text, ours.config.text_len), return_dict=False)[0]
+    assert apart(ours(latents, timestep, ours.encode_context(text)), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -57,15 +64,6 @@ def test_names_are_those_of_diffusers(config: dict[str, Any], tmp_path: Path) ->
     assert set(table.values()) == set(state)
     for own, value in ours.state_dict().items():
         assert torch.equal(value, state[table[own]])
-
-
-def padded(text: list[torch.Tensor], rows: int) -> torch.Tensor:
-    return torch.stack([torch.nn.functional.pad(tokens, (0, 0, 0, rows - len(tokens))) for tokens in text])
-
-
-def apart(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative L2 distance."""
-    return float((got - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize(("positions", "tokens"), [(None, 257), (514, 514)], ids=["i2v", "flf2v"])
