@@ -169,13 +169,10 @@ def output_sizes() -> Iterator[Row]:
     yield exact_row("sizes", f"size of a TI2V video by its picture: {len(first)}", wrong)
     wrong = sum(area_size((row["w"], row["h"]), row["area"], (16, 16)) != (8 * row["lat_w"], 8 * row["lat_h"]) for row in image)
     yield exact_row("sizes", f"size of an I2V video by its picture: {len(image)}", wrong)
-    pairs = [
-        (
-            torch.from_numpy(np.asarray(module.shift_sigmas(module.linear_sigmas(case["steps"]), case["shift"]))),
-            torch.tensor(case["sigmas"]),
-        )
-        for case in module.SIZES["get_sampling_sigmas"]
-    ]
+    pairs = []
+    for case in module.SIZES["get_sampling_sigmas"]:
+        sigmas = module.shift_sigmas(module.linear_sigmas(case["steps"]), case["shift"])
+        pairs.append((torch.as_tensor(sigmas), torch.tensor(case["sigmas"], dtype=torch.float64)))
     yield official_row("sizes", f"sampling sigmas: {len(pairs)}", pairs, module.SIZES["tolerance"]["sigmas_atol"], 0)
 
 
