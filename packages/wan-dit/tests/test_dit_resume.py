@@ -57,6 +57,13 @@ def test_a_cache_goes_on_too(cache: str, tmp_path: Path) -> None:
     assert whole.manifest["options"]["cache"] == cache
 
 
+def test_a_run_stopped_while_it_is_decoded_is_decoded_alone() -> None:
+    kept, whole = states(Pipeline("tiny"), steps=2)
+    events = list(Pipeline("tiny").stream(PROMPT, **SMALL, steps=2, resume=kept[-1]))
+    assert not any(isinstance(event, Step) for event in events)
+    assert torch.equal(events[-1].result.video, whole.video)
+
+
 def test_a_resumed_run_takes_no_step_twice_and_counts_its_time(tmp_path: Path) -> None:
     kept, _ = states(Pipeline("tiny"), steps=4)
     steps = [event.i for event in Pipeline("tiny").stream(PROMPT, **SMALL, steps=4, resume=kept[1]) if isinstance(event, Step)]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from wan_dit.cli import main
 from wan_dit.config import TINY
-from wan_dit.events import Loading, Step
+from wan_dit.events import Done, Loading, Step
 from wan_dit.lora import LoraSpec
 from wan_dit.model import WanDiT
 from wan_dit.pipeline import Pipeline
@@ -173,6 +175,55 @@ def test_two_experts_take_the_steps_of_their_noise(experts: dict[str, Any]) -> N
         [1.5, 3.0],
         experts["low_noise_backbone"],
     )
+
+
+@pytest.mark.parametrize("cache", [None, "teacache:threshold=0.3"])
+def test_an_expert_is_gone_from_memory_before_the_next_takes_a_step(experts: dict[str, Any], cache: str | None) -> None:
+    lazy = Pipeline(**experts, setup=BackboneSetup(offload="model"))
+    first = None
+    for event in lazy.stream(PROMPT, **SMALL, cache=cache):
+        if isinstance(event, Step) and lazy.parts.is_loaded("backbone"):
+            first = weakref.ref(lazy.parts["backbone"])
+        elif isinstance(event, Step):
+            assert first is not None
+            assert first() is None
+
+
+def test_offload_lets_go_what_a_stream_that_was_closed_has_left(experts: dict[str, Any]) -> None:
+    lazy = Pipeline(**experts, setup=BackboneSetup(offload="model"))
+    stream = lazy.stream(PROMPT, **SMALL)
+    assert next(event for event in stream if isinstance(event, Step) and lazy.parts.is_loaded("low_noise_backbone"))
+    stream.close()  # type: ignore[attr-defined]
+    large = ("text_encoder", "backbone", "low_noise_backbone")
+    for _ in lazy.stream("a blue star moves up", **SMALL):
+        assert sum(lazy.parts.is_loaded(part) for part in large) <= 1
+
+
+def test_interleaved_streams_under_offload(experts: dict[str, Any]) -> None:
+    lazy, prompts = Pipeline(**experts, setup=BackboneSetup(offload="model")), (PROMPT, "a blue star moves up")
+    streams = [lazy.stream(prompt, **SMALL) for prompt in prompts]
+    next(streams[0])
+    made = {}
+    while len(made) < 2:
+        for i, stream in enumerate(streams):
+            if isinstance(event := next(stream, None), Done):
+                made[i] = event.result.video
+    whole = Pipeline(**experts)
+    assert all(torch.equal(made[i], whole(prompt, **SMALL).video) for i, prompt in enumerate(prompts))
+
+
+def test_a_state_is_of_its_run_whatever_the_pipeline_made_before(experts: dict[str, Any], tmp_path: Path) -> None:
+    """The second expert's weights are known in a pipeline that has read them, and not in a new one."""
+    lazy = Pipeline(**experts, setup=BackboneSetup(offload="model"))
+    whole = lazy(PROMPT, **SMALL).video
+    for state in [event.state for event in lazy.stream(PROMPT, **SMALL) if isinstance(event, Step)]:
+        again = Pipeline(**experts, setup=BackboneSetup(offload="model"))(PROMPT, **SMALL, resume=state)
+        assert torch.equal(again.video, whole)
+    high, moved = experts["backbone"], shutil.copytree(experts["low_noise_backbone"], tmp_path / "moved")
+    state = next(event.state for event in Pipeline(**experts).stream(PROMPT, **SMALL) if isinstance(event, Step))
+    assert torch.equal(Pipeline(**{**experts, "low_noise_backbone": str(moved)})(PROMPT, **SMALL, resume=state).video, whole)
+    with pytest.raises(ValueError, match=r"the saved state is of another run: .*parts.low_noise_backbone"):
+        Pipeline(**{**experts, "low_noise_backbone": high})(PROMPT, **SMALL, resume=state)
 
 
 def test_a_lora_for_one_expert_leaves_the_other(experts: dict[str, Any], here: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from wan_dit.cli import main
 from wan_dit.config import DiTConfig
+from wan_dit.events import Step
 from wan_dit.manifest import Manifest
 from wan_dit.media import write_video
 from wan_dit.model import WanDiT
@@ -196,6 +197,13 @@ BAD: list[tuple[str, list[str], str]] = [
     ("small-vace", ["--video", "film.mp4", "--mask", "disc.png", "--outpaint"], "give a mask or outpaint, not both"),
     ("small-vace", ["--video", "film.mp4", "--frames", "81"], "has 24 frames at 8 a second, 81 are needed"),
     ("small-vace", ["--video", "disc.txt"], "disc.txt"),
+    ("small-i2v", ["--image", "nowhere.png", "--size", "64x64"], "no image at 'nowhere.png'"),
+    ("small-i2v", ["--image", "disc.png", "--last-image", "nowhere.png"], "no image at 'nowhere.png'"),
+    ("small-vace", ["--reference", "nowhere.png"], "no image at 'nowhere.png'"),
+    ("small-vace", ["--video", "film.mp4", "--mask", "nowhere.png"], "no mask at 'nowhere.png'"),
+    ("small-vace", ["--video", "film.mp4", "--mask", "short.mp4"], "the mask has 2 frames at 8 a second, 9 are needed: give a longer mask"),
+    ("small-vace", ["--video", "film.mp4", "--mask", "tall.png"], "the mask is 40x80, the video 96x64: give a mask in the shape of"),
+    ("small-vace", ["--vace-scale", "nan"], "the scale of VACE must be a number such as 1, got nan"),
 ]
 
 
@@ -204,12 +212,22 @@ def test_what_a_model_does_not_take_is_one_line(
     small: list[str], here: Path, capsys: pytest.CaptureFixture[str], model: str, options: list[str], message: str
 ) -> None:
     draw(here / "disc.png"), film(here / "film.mp4"), film(here / "short.mp4", frames=2), (here / "disc.txt").write_text("x")
+    draw(here / "tall.png", size=(40, 80))
     before = sorted(here.iterdir())
     assert main(["generate", PROMPT, "--model", model, *options, "--output", "a.mp4", "--device", "cpu"]) == 2
     err = capsys.readouterr().err.splitlines()
     assert message in err[-1]
     assert err[-1].startswith("wan-dit: error: ")
+    assert not any("loading" in line for line in err), "said before anything is read"
     assert sorted(here.iterdir()) == before
+
+
+def test_an_input_that_goes_while_the_run_is_on_does_not_end_it(small: list[str], here: Path) -> None:
+    picture = draw(here / "disc.png")
+    for event in Pipeline("small-i2v").stream(PROMPT, task=ImageToVideo(picture), frames=5, size=(32, 32)):
+        if isinstance(event, Step):
+            picture.unlink(missing_ok=True)
+    assert event.result.manifest["task"]["inputs"]["image"]["path"] == str(picture)
 
 
 def test_tasks_of_objects_in_memory(small: list[str]) -> None:

@@ -22,9 +22,12 @@ from .images import Size, fit, is_picture, picture_files
 from .images import read_image as read_image
 
 
-def probe_video(path: PathLike, fps: float | None = None) -> tuple[Size, int]:
-    """(width, height) of a video, and how many frames `read_video` finds in it at `fps`; only its first picture is decoded."""
-    found = _existing(path, "video")
+def probe_video(path: PathLike, fps: float | None = None, *, what: str = "video") -> tuple[Size, int]:
+    """(width, height) of a video, and how many frames `read_video` finds in it at `fps`; only its first picture is decoded.
+
+    what: how errors call it
+    """
+    found = _existing(path, what)
     if _is_pictures(found):
         files = _files(found)
         return read_image(files[0]).size, len(files)

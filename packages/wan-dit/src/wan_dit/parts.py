@@ -59,13 +59,19 @@ class Parts:
         return part in self._loaded
 
     def __getitem__(self, part: str) -> Any:
-        """A part that is loaded."""
+        """A part, read first where it is not there."""
+        self.load(part)
         return self._loaded[part]
 
     def load(self, part: str) -> None:
-        """Read a part, unless it is there; a backbone is set up as the pipeline was asked to."""
+        """Read a part, unless it is there; a backbone is set up as the pipeline was asked to.
+
+        With offload a large part lets the others go first: what another run left here, or reads at the same time.
+        """
         if part in self._loaded:
             return
+        if self.setup.offload != "none" and part != "vae":
+            self.release(*(self.specs.keys() - {"vae", "scheduler"}))
         if part not in EXPERTS:
             self._loaded[part] = self.specs[part].load(dtype=self.dtype, device=self.device)
             return

@@ -6,6 +6,7 @@ The pipeline owns shift, guidance, noise and the precision of the sample (float3
 from __future__ import annotations
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .contracts import Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ANOTHER_MATTER = re.compile(r"versions\.|device:|options\.processes\.|.*\.version:|.*\.weights:.* None\b")  # of two records
 PHASES = ("load", "text", "denoise", "decode")
 
 
@@ -194,8 +196,8 @@ class Pipeline:
     def _extent(self, task: Task, frames: int | None, size: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
         """Number of frames and size, as asked for or as the inputs of the task suggest; the inputs are checked on the way."""
         target = Target(self.model, self.specs["backbone"], self.model.size, self.model.frames, self.compat)
-        task.check(target if frames is None else replace(target, frames=frames))
         target = replace(target, frames=frames if frames is not None else task.frames(target) or self.model.frames)
+        task.check(target)
         return target.frames, size or task.size(target) or self.model.size
 
     @torch.no_grad()
@@ -213,14 +215,14 @@ class Pipeline:
         if resume is not None:
             _check_same(resume.run, record)
             sampling.restore(resume.latents, resume.scheduler, resume.generator, resume.cache)
-        yield from self._denoise(request, sampling, text, record, timings)
+        yield from self._denoise(sampling, text, record, timings)
         if not everything:
             self.parts.release(*self.parts.experts)
         yield Decoding(request.frames)
         with self._timed(timings, "decode"):
             video = self._decode(sampling.latents[:, :, prepared.front :], request, sampling.generator)
         made = manifest.Manifest(
-            **dict(self._record(job)), timings=timings, frames_sha256=manifest.frames_sha256(video),
+            **{**dict(record), "parts": self.parts.record()}, timings=timings, frames_sha256=manifest.frames_sha256(video),
             cache=sampling.cache.report() if sampling.cache else None,
         )  # fmt: skip
         yield Done(Result(video, self.model.fps, request.seed, timings, made.model_dump(mode="json")))
@@ -277,28 +279,35 @@ class Pipeline:
         self._check_finite("image_encoder", tokens, "tokens")
         return tokens.flatten(0, 1)[None].to(self.device)
 
-    def _denoise(
-        self, request: Request, sampling: Sampling, text: list[Tensor], record: manifest.Run, timings: Timings
-    ) -> Generator[Event, None, None]:
+    def _denoise(self, sampling: Sampling, text: list[Tensor], record: manifest.Run, timings: Timings) -> Generator[Event, None, None]:
         count, contexts = len(sampling.schedule.timesteps), dict[str, list[Any]]()
         while sampling.i < count:
             expert, before = sampling.expert, timings["denoise"]
             if not self.parts.is_loaded(expert):
-                self.parts.release(*self.parts.experts)
+                contexts.clear()
                 yield from self._load(expert, timings)
                 self.parts.check()
+                record = record.model_copy(update={"parts": self.parts.record()})
             with self._timed(timings, "denoise"):
-                backbone = self.parts[expert]
-                dtype = _dtype_of(backbone)
-                if expert not in contexts:
-                    conditioning = sampling.prepared.conditioning
-                    contexts = {expert: [backbone.encode_context([tokens.to(self.device, dtype)], conditioning) for tokens in text]}
-                positive, negative = contexts[expert][0], contexts[expert][1] if request.guided else None
-                denoised = sampling.step(backbone, positive, negative, dtype)
+                denoised = self._step(sampling, text, contexts)
+            self._check_finite(expert, sampling.latents, "latents")
             state = RunState(record, **sampling.snapshot(), timings=dict(timings))
             sigma = float(sampling.schedule.sigmas[sampling.i])
             yield Step(sampling.i, count, timings["denoise"] - before, sigma, denoised, state)
-        self._check_finite(expert, sampling.latents, "latents")
+
+    def _step(self, sampling: Sampling, text: list[Tensor], contexts: dict[str, list[Any]]) -> Tensor:
+        """A step by the expert it belongs to, which no variable of the stream may hold: it has to go before the next one is read.
+
+        contexts: what the expert made of `text`, made here before its first step
+        """
+        expert, backbone = sampling.expert, self.parts[sampling.expert]
+        dtype = _dtype_of(backbone)
+        if expert not in contexts:
+            contexts.clear()
+            conditioning = sampling.prepared.conditioning
+            contexts[expert] = [backbone.encode_context([tokens.to(self.device, dtype)], conditioning) for tokens in text]
+        positive, *negative = contexts[expert]
+        return sampling.step(backbone, positive, negative[0] if negative else None, dtype)
 
     def _decode(self, latents: Tensor, request: Request, generator: torch.Generator) -> Tensor:
         vae = self.parts["vae"]
@@ -347,9 +356,10 @@ class Pipeline:
 
 
 def _check_same(saved: manifest.Run, run: manifest.Run) -> None:
-    """ValueError where a saved state is of another run; other versions and devices are another matter."""
-    lines = [line for line in manifest.differences(saved, run) if not line.startswith(("versions.", "device:")) and ".version:" not in line]
-    if lines:
+    """ValueError where a saved state is of another run. Equal weights may have moved; those that one has not read are not compared."""
+    pairs = ((part, getattr(saved.parts, part), getattr(run.parts, part)) for part in KINDS)
+    same = tuple(f"parts.{part}." for part, old, new in pairs if old and new and old.weights and old.weights == new.weights)
+    if lines := [line for line in manifest.differences(saved, run) if not line.startswith(same) and not ANOTHER_MATTER.match(line)]:
         raise ValueError(f"the saved state is of another run: {'; '.join(lines[:3])}")
 
 

@@ -22,19 +22,19 @@ class Extent:
     frames: int
 
 
-def extent(source: ClipSource, fps: float) -> Extent:
-    """Size and length of a video; the frames of a tensor are taken one by one, whatever the rate."""
+def extent(source: ClipSource, fps: float, what: str = "video") -> Extent:
+    """Size and length of a video or a mask; the frames of a tensor are taken one by one, whatever the rate."""
     if isinstance(source, Tensor):
-        video = _checked(source, 3, "video", "[-1, 1]")
-        return Extent((video.shape[3], video.shape[2]), video.shape[1])
-    return Extent(*probe_video(source, fps=fps))
+        clip = _checked(source, what)
+        return Extent((clip.shape[3], clip.shape[2]), clip.shape[1])
+    return Extent(*probe_video(source, fps, what=what))
 
 
 def read_clip(source: ClipSource, fps: float, size: Size | None = None, *, frames: int | None = None, last: int | None = None) -> Tensor:
     """`[3, T, H, W]` in [-1, 1]: the first `frames` frames or the `last` ones, filling `size` where one is given."""
     if not isinstance(source, Tensor):
         return read_video(source, fps=fps, frames=frames, last=last, size=size)
-    video = _cut(_checked(source, 3, "video", "[-1, 1]"), "video", frames, last)
+    video = _cut(_checked(source, "video"), "video", frames, last)
     return video if size is None else _cover(video, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
@@ -42,12 +42,12 @@ def read_mask_clip(source: ClipSource, fps: float, size: Size, frames: int) -> T
     """`[1, T, H, W]` in 0..1 at `size`; a mask of one frame is repeated."""
     if not isinstance(source, Tensor):
         return read_mask(source, fps=fps, frames=frames, size=size)
-    mask = _checked(source, 1, "mask", "0..1")
+    mask = _checked(source, "mask")
     return _cover(_cut(mask.expand(-1, frames if mask.shape[1] == 1 else -1, -1, -1), "mask", frames, None), size, mode="nearest-exact")
 
 
-def _checked(tensor: Tensor, channels: int, what: str, span: str) -> Tensor:
-    low = -1.001 if span == "[-1, 1]" else -0.001
+def _checked(tensor: Tensor, what: str) -> Tensor:
+    channels, low, span = (3, -1.001, "[-1, 1]") if what == "video" else (1, -0.001, "0..1")
     if tensor.ndim != 4 or tensor.shape[0] != channels or 0 in tensor.shape or not tensor.is_floating_point():
         got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         raise ValueError(f"a {what} is a file, a folder of frames or a floating-point tensor [{channels}, T, H, W] in {span}, got {got}")

@@ -66,6 +66,9 @@ class ImageToVideo:
         scheme, backbone = target.scheme, target.backbone
         if scheme == "text":
             raise refuse(target, "image")
+        for picture in (self.image, self.last_image):
+            if picture is not None:
+                read_image(picture)
         two = (getattr(backbone, "image_tokens", None) or 0) > 500
         if self.last_image is None:
             if two:

@@ -93,13 +93,16 @@ class Task(Protocol):
         """`t2v`, `i2v`, `flf2v`, `vace`, `continuation`, or another for a task of one's own."""
 
     def check(self, target: Target) -> None:
-        """ValueError where the model cannot take the inputs, or they are not there; reads no more than it must."""
+        """ValueError where the model cannot take the inputs, or FileNotFoundError where they are not there, before anything is loaded.
+
+        target: with the frames that will be made, and the model's own size
+        """
 
     def size(self, target: Target) -> Size | None:
         """The size that the inputs suggest, None for the model's own."""
 
     def frames(self, target: Target) -> int | None:
-        """The number of frames that the inputs suggest, None for the model's own."""
+        """The number of frames that the inputs suggest, None for the model's own; asked before `check`."""
 
     def prepare(self, target: Target, encoders: Encoders) -> Prepared:
         """What the backbone is given; called once, before the first step."""
