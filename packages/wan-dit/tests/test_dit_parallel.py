@@ -139,7 +139,7 @@ def test_without_their_group_processes_decide_alone(group: Group) -> None:
 
 
 def test_torchrun_makes_the_video_of_one_process(tmp_path: Path) -> None:
-    (text,) = [block.text for block in blocks(ROOT / "docs" / "wan-dit.md") if block.title == "parallel.py"]
+    (text,) = [block.text for block in blocks(ROOT / "docs" / "wan-dit-running.md") if block.title == "parallel.py"]
     script = tmp_path / "parallel.py"
     script.write_text(text + "\nimport os, torch\ntorch.save(result.video, os.environ['RANK'] + '.pt')\n")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
