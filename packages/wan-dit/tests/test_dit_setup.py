@@ -262,7 +262,7 @@ def test_a_model_folder_is_used_and_told(here: Path, capsys: pytest.CaptureFixtu
 
 def test_many_prompts_one_load(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "p.jsonl").write_text(
-        f'{{"prompt": "{PROMPT}", "seed": 7}}\n\n# a remark\n{{"prompt": "a blue star moves up", "size": "48x32", "guidance": 1}}\n'
+        f'\ufeff{{"prompt": "{PROMPT}", "seed": 7}}\n\n# a remark\n{{"prompt": "a blue star moves up", "size": "48x32", "guidance": 1}}\n'
     )
     assert main(["generate", "--prompts", "p.jsonl", *OPTIONS, "--output", "many/"]) == 0
     assert capsys.readouterr().err.count("loading backbone") == 1
@@ -273,13 +273,23 @@ def test_many_prompts_one_load(here: Path, capsys: pytest.CaptureFixture[str]) -
     }
     for text, message in (
         ('{"prompt": "a star", "steps": 0}', "prompt 1 of 'p.jsonl': steps must be"),
-        ('{"prompt": 3}', "line 1 of 'p.jsonl' is not a prompt with settings: it has no text 'prompt'"),
-        ('{"prompt": "a star", "sed": 0}', "it has sed; known are prompt, "),
+        ('{"prompt": 3}', "line 1 of 'p.jsonl' is not a prompt with settings: prompt: Input should be a valid string"),
+        ('# a\n{"seed": 3}', "line 2 of 'p.jsonl' is not a prompt with settings: prompt: Field required"),
+        ('{"prompt": "a star", "sed": 0}', "sed: Extra inputs are not permitted; known are prompt, "),
+        ('{"prompt": "a star", "seed": "1"}', "seed: Input should be a valid integer"),
+        ('{"prompt": "a star", "frames": true}', "frames: Input should be a valid integer"),
+        ('{"prompt": "a star", "size": [64]}', "size.1: Field required"),
+        ('{"prompt": "a star", "size": "64"}', "size: size '64' is not WIDTHxHEIGHT, such as 64x64"),
+        ('{"prompt": "a star", "guidance": [3, 4]}', "prompt 1 of 'p.jsonl': guidance 3,4 is a pair for two experts"),
+        ("[", "line 1 of 'p.jsonl' is not a prompt with settings: content: Invalid JSON"),
+        ("caf\udce9", "'p.jsonl' is no text in UTF-8: "),
         ("# nothing", "'p.jsonl' holds no prompts"),
     ):
-        (here / "p.jsonl").write_text(text)
+        (here / "p.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
         assert main(["generate", "--prompts", "p.jsonl", "--output", "more"]) == 2
-        assert message in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert message in err
+        assert len(err.splitlines()) == 1
     assert not Path("more").exists()
     assert main(["generate", PROMPT, "--prompts", "p.jsonl"]) == 2
     assert main(["generate", "--prompts", "p.jsonl", "--output", "a.mp4"]) == 2

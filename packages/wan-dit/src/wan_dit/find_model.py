@@ -25,7 +25,7 @@ def find_model(
     if isinstance(model, VideoModelSpec) or not isinstance(model, str | os.PathLike):
         return FoundModel(model, {}, [])
     ref = os.fspath(model)
-    named = any(offer.spec and ref in (offer.name, f"{offer.dist}:{offer.name}") for offer in discover("wan_models", pm))
+    named = is_installed(ref, pm)
     if not named and Path(ref).exists():
         return open_model(Path(ref), preset, pm, given=given)
     if not named and HUB_ID.fullmatch(ref) and ref[0] != ".":
@@ -33,3 +33,8 @@ def find_model(
     if preset is not None:
         raise ValueError(f"preset is for a model on disk, and '{ref}' is an installed model with settings of its own")
     return FoundModel(find("wan_models", ref, pm), {}, [])
+
+
+def is_installed(model: str, pm: PluginManager) -> bool:
+    """Whether a package offers a model of this name."""
+    return any(offer.spec and model in (offer.name, f"{offer.dist}:{offer.name}") for offer in discover("wan_models", pm))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import sys
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 SETTINGS = ("negative_prompt", "steps", "shift", "seed", "frames")
 INPUTS = ("image", "last_image", "video", "mask", "vace_scale", "outpaint", "overlap")
-LINE = (*SETTINGS, "guidance", "size")  # what a line of a .jsonl file of prompts may set
 OUTPUT_HELP = f"{outputs.HELP}, or a folder to name it in (default: outputs); .png and .json go beside it"
 SAVE_EVERY = 60.0  # seconds between two states of a long run on disk
 
@@ -62,7 +60,9 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
 def _generate(args: argparse.Namespace) -> None:
     lines = _lines(args)
     if given := _given_file(args):
-        outputs.check(given, overwrite=args.overwrite)
+        state = _state_path(outputs.check(given, overwrite=args.overwrite))
+        if state.exists() and not args.overwrite:
+            raise FileExistsError(f"'{state}' is of a run that was stopped: go on with wan-dit resume, or replace it with --overwrite")
 
     from ._shared.weights import best_device
     from .pipeline import Pipeline
@@ -77,8 +77,7 @@ def _generate(args: argparse.Namespace) -> None:
         for note in pipe.notes:
             print(f"wan-dit: {note}", file=sys.stderr)
         vace = bool(getattr(pipe.specs["backbone"], "vace", False))
-        task = task_of(vace=vace, references=tuple(args.reference), **{name: getattr(args, name) or None for name in INPUTS[:4]},
-                       vace_scale=args.vace_scale, outpaint=args.outpaint, overlap=args.overlap)  # fmt: skip
+        task = task_of(vace=vace, references=tuple(args.reference), **{name: getattr(args, name) for name in INPUTS})
         runs = [{"task": task, "cache": args.cache, **line} for line in lines]
         for i, line in enumerate(runs, 1):  # checks all of them, before the first is run
             try:
@@ -94,10 +93,12 @@ def _generate(args: argparse.Namespace) -> None:
 def _run(pipe: Pipeline, args: argparse.Namespace, line: dict[str, Any], *, main: bool) -> None:
     if not main:
         pipe(**line)
+        if args.cache and args.cache_error:
+            pipe(**{**line, "cache": None})
         return
     suffix = ".png" if _frames(pipe, line) == 1 else ".mp4"
-    state = outputs.targets(_output(args, line, suffix))[-1].with_suffix(".state")
-    with kept(state) as keep, previewed(pipe, args.preview) as show:
+    target = _output(args, line, suffix)
+    with kept(_state_path(outputs.targets(target)), target, args) as keep, previewed(pipe, args.preview) as show:
         result = follow(pipe, line, keep, show)
         if args.cache and args.cache_error:
             exact = follow(pipe, {**line, "cache": None})
@@ -122,8 +123,11 @@ def follow(pipe: Pipeline, settings: dict[str, Any], *consumers: Callable[[Event
 
 
 @contextmanager
-def kept(path: Path) -> Iterator[Callable[[Event], None]]:
-    """Keeps the state of a run at `path`: once a minute, and where it is interrupted or has no room; a run that ends well leaves none."""
+def kept(path: Path, output: Path, args: argparse.Namespace) -> Iterator[Callable[[Event], None]]:
+    """Keeps the state of a run at `path`: once a minute, and where it is interrupted or has no room; a run that ends well leaves none.
+
+    output, args: what to make and by what, which a command that goes on has to say again
+    """
     last: RunState | None = None
     saved = time.monotonic()
 
@@ -136,14 +140,23 @@ def kept(path: Path) -> Iterator[Callable[[Event], None]]:
 
     try:
         yield keep
-    except (KeyboardInterrupt, SystemExit, OSError, MemoryError):
+    except (KeyboardInterrupt, SystemExit, OSError, MemoryError, RuntimeError):  # torch says RuntimeError where a GPU has no room
         if last is not None:
             with suppress(OSError):  # a full disk may take no state either
                 last.save(path)
-                again = f"go on with: wan-dit resume {shlex.quote(str(path))}"
-                print(f"wan-dit: stopped after {last.steps_done} evaluations; {again}", file=sys.stderr)
+                again = shlex.join(["wan-dit", "resume", str(path), *_again(output, args)])
+                print(f"wan-dit: stopped after {last.steps_done} evaluations; go on with: {again}", file=sys.stderr)
         raise
     path.unlink(missing_ok=True)
+
+
+def _again(output: Path, args: argparse.Namespace) -> list[str]:
+    """Options by which `resume` makes the same file of the same parts."""
+    options = ["--output", str(output), *(["--overwrite"] if args.overwrite else [])]
+    for name in ("model", *PARTS, "context"):
+        if (value := getattr(args, name)) not in (None, MODEL):
+            options += [f"--{name.replace('_', '-')}", value]
+    return options
 
 
 @contextmanager
@@ -197,29 +210,14 @@ def _lines(args: argparse.Namespace) -> list[dict[str, Any]]:
         return [{"prompt": " ".join(args.prompt), **own}]
     if args.output and Path(args.output).suffix:
         raise ValueError(f"--prompts makes many videos: give a folder as --output, not '{args.output}'")
-    path = Path(args.prompts)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of prompts at '{path}'")
-    rows = [(i, text.strip()) for i, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
-    rows = [(i, text) for i, text in rows if text and not text.startswith("#")]
-    if not rows:
-        raise ValueError(f"'{path}' holds no prompts: one a line")
-    parsed = [_json_line(path, i, text) if path.suffix == ".jsonl" else {"prompt": text} for i, text in rows]
-    return [{**own, **line} for line in parsed]
+    from .prompts import read_prompts
+
+    return [{**own, **line} for line in read_prompts(Path(args.prompts))]
 
 
-def _json_line(path: Path, i: int, text: str) -> dict[str, Any]:
-    try:
-        line = json.loads(text)
-        if not isinstance(line, dict) or not isinstance(line.get("prompt"), str):
-            raise ValueError("it has no text 'prompt'")
-        if unknown := line.keys() - {"prompt", *LINE}:
-            raise ValueError(f"it has {', '.join(sorted(unknown))}; known are prompt, {', '.join(LINE)}")
-    except ValueError as error:
-        raise ValueError(f"line {i} of '{path}' is not a prompt with settings: {error}") from error
-    if isinstance(line.get("size"), str):
-        line["size"] = parse_size(line["size"])
-    return line
+def _state_path(files: tuple[Path, ...]) -> Path:
+    """Beside the files of a run."""
+    return files[-1].with_suffix(".state")
 
 
 def _given_file(args: argparse.Namespace) -> Path | None:

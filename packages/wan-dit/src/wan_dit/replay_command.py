@@ -24,7 +24,7 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
     replay.add_argument("manifest", metavar="RUN.json", help="a .json file that generate wrote")
     resume = command(commands, "resume", _resume, "go on with a run that was stopped, to the same bits")
     resume.add_argument("state", metavar="RUN.state", help="a file that generate left where it was stopped")
-    resume.add_argument("--output", metavar="PATH", help="FILE.mp4 (default: beside the state)")
+    resume.add_argument("--output", metavar="PATH", help="as of generate (default: beside the state)")
     resume.add_argument("--overwrite", action="store_true", help="replace files that exist")
     for parser in (replay, resume):
         parser.add_argument("--model", metavar="MODEL", help="the model again, where it was a folder or a Hub id")
@@ -52,10 +52,10 @@ def _resume(args: argparse.Namespace) -> None:
 
     path = Path(args.state)
     state = RunState.load(path)
-    target = Path(args.output) if args.output else path.with_suffix(".mp4")
+    target = Path(args.output) if args.output else path.with_suffix(".png" if state.run.frames == 1 else ".mp4")
     outputs.check(target, overwrite=args.overwrite)
     pipe, settings = _again(state.run, args)
-    with kept(path) as keep:
+    with kept(path, target, args) as keep:
         result = follow(pipe, {**settings, "resume": state}, keep)
         files = result.save(target, overwrite=args.overwrite)
     report(args.model or state.run.model.name, pipe, result, files)
@@ -76,6 +76,7 @@ def _again(record: Run, args: argparse.Namespace) -> tuple[Pipeline, dict[str, A
     import torch
 
     from ._shared.weights import best_device, usable_device
+    from .find_model import is_installed
     from .pipeline import Pipeline
     from .setup import BackboneSetup
     from .tasks.record import from_record
@@ -86,7 +87,7 @@ def _again(record: Run, args: argparse.Namespace) -> tuple[Pipeline, dict[str, A
         raise ValueError(f"{error}; replay with --device {best_device()}") from error
     dtype = args.dtype or (getattr(torch, record.dtype) if record.dtype else None)
     model = args.model or _recorded("model", record.model, pm)
-    preset = record.model.name if args.model and Path(args.model).exists() else None
+    preset = record.model.name if args.model and not is_installed(args.model, pm) else None
     pipe = Pipeline(
         model, **given, preset=preset, dtype=dtype, device=device, compat=record.options.compat or "fixed", pm=pm,
         setup=BackboneSetup.from_record(record.loras, record.options),
