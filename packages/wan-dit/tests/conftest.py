@@ -1,4 +1,4 @@
-"""Plugins for the tests: the package in `thirdparty`, and small ones written into a temporary folder."""
+"""For the tests: a folder, a recorded backbone, and plugins, in `thirdparty` or written into a temporary folder."""
 
 from __future__ import annotations
 
@@ -7,13 +7,25 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
+from wan_dit.plugins import load_backbone  # imports no huggingface_hub
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 THIRDPARTY = Path(__file__).parent / "thirdparty"
 sys.path.insert(0, str(Path(__file__).parent / "processes"))  # what other processes of the tests import
 Install = Callable[..., None]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, the working directory of the test."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
 
 
 @pytest.fixture
@@ -41,3 +53,27 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         importlib.invalidate_caches()
 
     return write
+
+
+class Recorder:
+    """A backbone around another that remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.backbone = load_backbone("tiny")
+        self.spec = self.backbone.spec
+        self.latents: list[Tensor] = []
+        self.timesteps: list[Tensor] = []
+
+    def encode_context(self, text: list[Tensor], conditioning: Any = None) -> Any:
+        return self.backbone.encode_context(text, conditioning)
+
+    def __call__(self, latents: Tensor, timestep: Tensor, context: Any, conditioning: Any = None) -> Tensor:
+        self.latents.append(latents)
+        self.timesteps.append(timestep)
+        return self.backbone(latents, timestep, context, conditioning)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    """The built-in backbone, recorded."""
+    return Recorder()

@@ -20,15 +20,7 @@ from wan_dit.progress import progress
 PROMPT = "a red circle moves left"
 SMALL = ["--steps", "2", "--frames", "5", "--size", "32x16"]
 Install = Callable[..., None]
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every command runs in an empty folder."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("here")  # every command runs in an empty folder
 
 
 def files(folder: Path) -> list[str]:

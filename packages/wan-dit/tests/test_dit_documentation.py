@@ -59,19 +59,15 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(weights: Path, install: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the inputs that the page names, where `small-NAME` is a model that is used as NAME is."""
+def inputs(weights: Path, install: Callable[..., None], here: Path) -> None:
+    """What the page names: pictures, films, prompts, and models `small-NAME` that are used as NAME is."""
     install("wan-small", PLUGIN.format(folder=weights, tasks=list(BACKBONES)))
-    folder = tmp_path / "here"
-    folder.mkdir()
     for seed, name in enumerate(("cat", "noon", "evening", "mask", "bag", "face")):
-        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(here / f"{name}.png")
     for name in ("depth", "street"):
-        write_film(folder / f"{name}.mp4", frames=17, size=(48, 64))
+        write_film(here / f"{name}.mp4", frames=17, size=(48, 64))
     (lines,) = [block.text for block in blocks(PAGE) if block.title == "prompts.jsonl"]
-    (folder / "prompts.jsonl").write_text(lines)
-    monkeypatch.chdir(folder)
-    return folder
+    (here / "prompts.jsonl").write_text(lines)
 
 
 def in_small(text: str) -> str:
@@ -80,7 +76,7 @@ def in_small(text: str) -> str:
 
 @pytest.mark.parametrize("block", EXAMPLES, ids=lambda block: block.title)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # words that the built-in models do not know
-def test_an_example_in_python_runs(here: Path, block: Block) -> None:
+def test_an_example_in_python_runs(inputs: None, here: Path, block: Block) -> None:
     before, text = set(here.iterdir()), block.text
     exec(compile(in_small(text), PAGE.name, "exec"), {"__name__": "__main__"})
     written = set(re.findall(r'\.save\("([^"]+)"\)', text))
@@ -90,7 +86,7 @@ def test_an_example_in_python_runs(here: Path, block: Block) -> None:
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[2:])[:100])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_command_runs(here: Path, words: list[str]) -> None:
+def test_a_command_runs(inputs: None, here: Path, words: list[str]) -> None:
     assert run([in_small(word) for word in words] + ["--device", "cpu"]) == 0
     output = Path(words[words.index("--output") + 1])
     assert (here / output).exists() or list(here.glob(f"{output.parent}/0*.png"))

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from wan_dit.pipeline import Pipeline
 from wan_dit.plugin import wan_schedulers
 from wan_dit.plugins import find
@@ -14,22 +13,6 @@ from wan_dit.schedulers import Euler
 
 PROMPT = "a red circle moves left"
 SMALL: dict[str, Any] = {"frames": 5, "size": (32, 16), "guidance": 1}
-
-
-class Recorder:
-    """A backbone around another that remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.backbone = find("wan_backbones", "tiny").load()
-        self.spec, self.latents, self.timesteps = self.backbone.spec, list[Tensor](), list[Tensor]()
-
-    def encode_context(self, text: list[Tensor], conditioning: Any = None) -> Any:
-        return self.backbone.encode_context(text, conditioning)
-
-    def __call__(self, latents: Tensor, timestep: Tensor, context: Any, conditioning: Any = None) -> Tensor:
-        self.latents.append(latents)
-        self.timesteps.append(timestep)
-        return self.backbone(latents, timestep, context, conditioning)
 
 
 @pytest.mark.parametrize("name", [spec.name for spec in wan_schedulers()])
@@ -41,8 +24,7 @@ def test_every_scheduler_makes_the_same_video_twice(name: str) -> None:
     assert not torch.equal(first, other)
 
 
-def test_a_list_brings_its_steps_and_shift() -> None:
-    recorder = Recorder()
+def test_a_list_brings_its_steps_and_shift(recorder: Any) -> None:
     made = Pipeline("tiny", backbone=recorder, scheduler="lightx2v-4step")(PROMPT, **SMALL).manifest
     assert (made["steps"], made["shift"]) == (4, 5.0)  # not the model's 15 and 2
     assert torch.equal(torch.cat(recorder.timesteps), Euler().schedule(4, 5.0).timesteps)
@@ -58,8 +40,7 @@ def test_steps_that_a_list_does_not_have_are_refused_before_anything_runs() -> N
 
 
 @pytest.mark.parametrize(("name", "scale"), [("rcm-4step", 80 / 81), ("euler", 1.0)])
-def test_the_first_noise_is_scaled_as_the_schedule_says(name: str, scale: float) -> None:
-    recorder = Recorder()
+def test_the_first_noise_is_scaled_as_the_schedule_says(name: str, scale: float, recorder: Any) -> None:
     Pipeline("tiny", backbone=recorder, scheduler=name)(PROMPT, **SMALL, steps=2, seed=7)
     noise = torch.randn(recorder.latents[0].shape, generator=torch.Generator().manual_seed(7))
     assert torch.equal(recorder.latents[0], noise * scale)

@@ -70,14 +70,6 @@ def small(folders: Path, install: Install) -> list[str]:
     return [f"small-{kind}" for kind in KINDS]
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
 def draw(path: Path, size: tuple[int, int] = (96, 64), colour: tuple[int, int, int] = (220, 30, 30)) -> Path:
     """A picture with a disc."""
     wide, high = size
