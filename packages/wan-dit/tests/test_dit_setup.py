@@ -35,14 +35,6 @@ def plain() -> Tensor:
     return Pipeline("tiny")(PROMPT, **SMALL).video
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
 def lora_file(path: Path, scale: float = 0.3) -> Path:
     """A LoRA of the built-in model in the names of ComfyUI."""
     generator, name = torch.Generator().manual_seed(0), "diffusion_model.blocks.5.self_attn.o"
