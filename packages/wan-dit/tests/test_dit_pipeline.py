@@ -106,6 +106,7 @@ def test_a_stream_that_is_left_does_not_switch_gradients_off(pipe: Pipeline) -> 
         (" \n", {}, "the prompt is empty"),
         ("red " * 10_000, {}, "the prompt has 10000 words, text encoder 'tiny' reads at most 32 tokens"),
         (PROMPT, {"negative_prompt": "red " * 33}, "the negative prompt has 33 words"),
+        ("caf\udce9", {}, r"the prompt is no text in UTF-8: '\\udce9' at character 4"),
         (PROMPT, {"frames": 18}, "frames must be 1 \\+ a multiple of 4 for backbone 'tiny', got 18; nearest: 17"),
         (PROMPT, {"frames": 20}, "nearest: 21"),
         (PROMPT, {"frames": 0}, "nearest: 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -108,6 +109,37 @@ def test_a_state_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not the state of a run"):
         RunState.load(tmp_path / "run.state")
     assert not (tmp_path / "owned").exists()
+
+
+def no_room(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def interrupt(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("at", "stop", "code"),
+    [("wan_dit.pipeline.Pipeline._decode", no_room, 2), ("wan_dit.media.write_gif", interrupt, 130)],
+    ids=["decoding", "writing"],
+)
+def test_what_is_told_goes_on_with_the_same_parts_and_file(
+    at: str, stop: Any, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "tiny", "my model", "--to", "own"]) == 0
+    run = ["generate", PROMPT, "--backbone", "my model", "--steps", "2", "--frames", "5", "--size", "32x32", "--device", "cpu"]
+    before = sorted(file.name for file in tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(at, stop)
+        assert main([*run, "--output", "a b.gif"]) == code
+    told = next(line for line in capsys.readouterr().err.splitlines() if "go on with: " in line).partition("go on with: ")[2]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*before, "a b.state"])
+    assert main([*run, "--output", "a b.gif"]) == 2, "hours of work are not replaced unasked"
+    assert "'a b.state' is of a run that was stopped: go on with wan-dit resume, or" in capsys.readouterr().err
+    assert main(shlex.split(told)[1:]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*before, "a b.gif", "a b.json", "a b.png"])
 
 
 ARGUMENTS = ["--steps", "100", "--frames", "5", "--size", "32x32", "--device", "cpu", "--output", "a.mp4"]

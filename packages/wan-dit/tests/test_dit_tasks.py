@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,15 @@ def test_an_input_that_goes_while_the_run_is_on_does_not_end_it(small: list[str]
         if isinstance(event, Step):
             picture.unlink(missing_ok=True)
     assert event.result.manifest["task"]["inputs"]["image"]["path"] == str(picture)
+
+
+def test_a_name_that_is_no_text_is_recorded_all_the_same(small: list[str], here: Path) -> None:
+    picture = here / os.fsdecode(b"caf\xe9.png")
+    draw(here / "disc.png").rename(picture)
+    pipe = Pipeline("small-i2v")
+    result = pipe(PROMPT, task=ImageToVideo(picture), frames=5, size=(32, 32))
+    result.save(here / "a.mp4")
+    assert json.loads((here / "a.json").read_text())["task"]["inputs"]["image"]["path"] == str(here / r"caf\udce9.png")
 
 
 def test_tasks_of_objects_in_memory(small: list[str]) -> None:

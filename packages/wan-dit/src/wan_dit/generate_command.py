@@ -106,7 +106,7 @@ def _run(pipe: Pipeline, args: argparse.Namespace, line: dict[str, Any], *, main
             result.manifest["cache"] |= {"error": error, "uncached_seconds": exact.timings["denoise"]}
         # named again: another run may have taken the name meanwhile
         files = result.save(_output(args, line, suffix), overwrite=args.overwrite)
-    report(args.model, pipe, result, files)
+    report(args, pipe, result, files)
 
 
 def follow(pipe: Pipeline, settings: dict[str, Any], *consumers: Callable[[Event], None]) -> Result:
@@ -152,11 +152,13 @@ def kept(path: Path, output: Path, args: argparse.Namespace) -> Iterator[Callabl
 
 def _again(output: Path, args: argparse.Namespace) -> list[str]:
     """Options by which `resume` makes the same file of the same parts."""
-    options = ["--output", str(output), *(["--overwrite"] if args.overwrite else [])]
-    for name in ("model", *PARTS, "context"):
-        if (value := getattr(args, name)) not in (None, MODEL):
-            options += [f"--{name.replace('_', '-')}", value]
-    return options
+    return ["--output", str(output), *(["--overwrite"] if args.overwrite else []), *_parts_again(args)]
+
+
+def _parts_again(args: argparse.Namespace) -> list[str]:
+    """The options that named the model and its parts."""
+    given = {name: getattr(args, name) for name in ("model", *PARTS, "context")}
+    return [word for name, value in given.items() if value not in (None, MODEL) for word in (f"--{name.replace('_', '-')}", value)]
 
 
 @contextmanager
@@ -172,8 +174,8 @@ def previewed(pipe: Pipeline, path: str | None) -> Iterator[Callable[[Event], No
     yield show
 
 
-def report(model: str, pipe: Pipeline, result: Result, files: list[Path]) -> None:
-    """What was written, how long it took, and what to try next."""
+def report(args: argparse.Namespace, pipe: Pipeline, result: Result, files: list[Path]) -> None:
+    """What was written, how long it took, and what to try next with the parts that `args` name."""
     frames, (width, height) = result.manifest["frames"], result.manifest["size"]
     facts = ["run manifest"]
     if len(files) == 2:
@@ -187,11 +189,14 @@ def report(model: str, pipe: Pipeline, result: Result, files: list[Path]) -> Non
     if cached := result.manifest["cache"]:
         print(f"cache: {cached['skipped']} of {cached['evaluations']} evaluations skipped ({cached['skips']})" + _cache_error(cached))
     again = "a blue star moves up on a white background" if pipe.model.extra.get("words") else result.manifest["prompt"]
-    options = [] if model == MODEL else ["--model", model]
-    for name, source in result.manifest["task"]["inputs"].items():
+    task, options = result.manifest["task"], _parts_again(args)
+    if args.model is None and (name := result.manifest["model"]["name"]) != MODEL.partition(":")[2]:
+        options += ["--model", name]
+    for name, source in task["inputs"].items():
         options += [f"--{re.sub('_[0-9]+$', '', name).replace('_', '-')}", str(source["path"])]
+    options += ["--outpaint"] if task["settings"].get("outpaint") else []
     print(f"try next: wan-dit generate {shlex.join([again, *options, '--seed', str(result.seed + 1)])}")
-    print(f"          wan-dit replay {shlex.quote(str(files[-1]))}")
+    print(f"          wan-dit replay {shlex.join([str(files[-1]), *_parts_again(args)])}")
     print("          wan-dit plugins")
 
 

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from .inputs import sha256_of
 from .media import to_frames
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 Side = Annotated[int, Field(ge=1, le=LARGEST["size"])]
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# a name may be a path: its bytes that are no UTF-8 are written as \udc.., since JSON has no place for them
+Name = Annotated[str, AfterValidator(lambda name: name.encode("utf-8", "backslashreplace").decode())]
 
 PACKAGES = ("wan-dit", "wan-vae", "wan-text", "torch", "numpy", "av")
 
@@ -36,7 +38,7 @@ class Part(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: Name
     dist: str | None = None
     version: str | None = None
     weights: str | None = None
@@ -61,7 +63,7 @@ class InputFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str | None
+    path: Name | None
     sha256: str
 
 
@@ -112,7 +114,7 @@ class Run(BaseModel):
     negative_prompt: str
     model: Part
     parts: Parts
-    context: str | None
+    context: Name | None
     task: TaskRecord = TaskRecord()
     loras: tuple[LoraRecord, ...] = ()
     options: Options = Options()

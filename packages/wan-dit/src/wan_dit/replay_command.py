@@ -58,7 +58,7 @@ def _resume(args: argparse.Namespace) -> None:
     with kept(path, target, args) as keep:
         result = follow(pipe, {**settings, "resume": state}, keep)
         files = result.save(target, overwrite=args.overwrite)
-    report(args.model or state.run.model.name, pipe, result, files)
+    report(args, pipe, result, files)
 
 
 def _again(record: Run, args: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:

@@ -103,7 +103,11 @@ def unknown_words(model: VideoModelSpec, prompt: str) -> str:
 
 
 def _check_words(name: str, value: str, text: Any) -> None:
-    # A word is at least one token, so more words than tokens cannot fit; fewer may still be truncated, with a warning, by the encoder.
+    # a word is at least one token, so more words than tokens cannot fit; fewer may still be truncated, with a warning, by the encoder.
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} is no text in UTF-8: {value[error.start]!a} at character {error.start + 1}") from error
     if (count := len(value.split())) > text.max_tokens:
         raise ValueError(f"the {name} has {count} words, text encoder '{text.name}' reads at most {text.max_tokens} tokens: shorten it")
 
