@@ -17,12 +17,12 @@ import pytest
 import torch
 from dit_layouts import VARIANTS, comfy_file, diffusers_file, model, official_sharded
 from dit_velocity import given_by, velocity
+from dit_wide import write_wide
 from safetensors.torch import load_file, save_file
 from wan_dit import load_backbone
 from wan_dit.config import T2V_14B, DiTConfig
-from wan_dit.layouts import names
 from wan_dit.lora import apply
-from wan_dit.model import Block, WanDiT
+from wan_dit.model import WanDiT
 from wan_dit.offload import load_offloaded
 from wan_dit.plugins import BackboneSpec
 
@@ -244,23 +244,6 @@ def test_a_gpu_computes_the_same_bits(mode: Any, quantise: Any, tmp_path: Path) 
     made = load_offloaded(path, mode, blocks_on_device=1, device="cuda", quantise=quantise)
     for _ in range(3):
         assert torch.equal(velocity(made), velocity(whole))
-
-
-def write_wide(folder: Path, config: DiTConfig) -> int:
-    """Random bf16 weights, a shard a block: every block has the same numbers, each in bytes of its own. Returns their size."""
-    with torch.device("meta"):
-        shapes = {key: value.shape for key, value in WanDiT(config.model_copy(update={"num_layers": 1})).state_dict().items()}
-        block = {key: value.shape for key, value in Block(config).state_dict().items()}
-    numbers = {key: torch.empty(shape, dtype=torch.bfloat16).normal_(std=shape[-1] ** -0.5) for key, shape in block.items()}
-    table, weight_map = names(config, "official"), {}
-    shards = [{key: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02) for key, shape in shapes.items() if "trunk" not in key}]
-    for number in range(-1, config.num_layers):
-        shard = shards[0] if number < 0 else {f"trunk.blocks.{number}.{key}": value for key, value in numbers.items()}
-        file = folder / f"diffusion_pytorch_model-{number + 1:05d}.safetensors"
-        save_file({table[key]: value for key, value in shard.items()}, file)
-        weight_map |= {table[key]: file.name for key in shard}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def peak(folder: Path, mode: str, dtype: str = "float32") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, convert_command, generate_command, models_command, replay_command
+from . import __version__, convert_command, generate_command, models_command, plan_command, replay_command
 from ._shared.cli import Parser, add_common, run, show
 from .listing import describe, hooks, is_fault, plugin_rows
 from .lora import lora_command
@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate_command.add_commands(commands, _command)
     replay_command.add_commands(commands, _command)
+    plan_command.add_commands(commands, _command)
     convert_command.add_commands(commands, _command)
     lora_command.add_commands(commands, _command)
     models_command.add_commands(commands, _command)
