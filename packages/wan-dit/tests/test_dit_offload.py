@@ -28,9 +28,10 @@ from wan_dit.plugins import BackboneSpec
 
 MB = 1 << 20
 CHILD = """
-import json, sys, threading, time, torch
-from wan_dit import load_backbone
+import ctypes, json, sys, threading, time, torch
 from wan_dit.offload import load_offloaded
+
+ctypes.CDLL(None).mallopt(-3, 1 << 20)  # from 1 MB on tensors are mapped by themselves, as those of real sizes: no holes between them
 
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
