@@ -353,3 +353,16 @@ def test_five_lines() -> None:
     backbone = WanDiT.from_pretrained(find("wan_backbones", "tiny").weights)
     model = VideoModelSpec("mine", "b", "wan-vae:tiny", "wan-text:tiny", steps=2, shift=2.0, guidance=2.0, size=(32, 32), frames=5)
     assert Pipeline(model, backbone=backbone)(PROMPT).video.shape == (1, 3, 5, 32, 32)
+
+
+def test_the_second_expert_is_read_ahead_during_the_last_step_of_the_first(experts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, str]] = []
+    monkeypatch.setattr("wan_dit.parts._read_ahead", lambda weights: asked.append((len(steps), weights)))
+    steps: list[Step] = []
+    pipe = Pipeline(**experts, setup=BackboneSetup(offload="model"))
+    first_low = 0
+    for event in pipe.stream(PROMPT, **SMALL):
+        if isinstance(event, Step):
+            first_low = first_low or (len(steps) if pipe.parts.is_loaded("low_noise_backbone") else 0)
+            steps.append(event)
+    assert asked == [(first_low - 1, experts["low_noise_backbone"])]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 
 from . import compat
 from ._shared.hub import revision_of
+from ._shared.weights import locate
+from .checkpoint import HUB_FILES
 from .listing import origin
 from .manifest import Part
 from .manifest import Parts as PartsRecord
@@ -44,6 +48,7 @@ class Parts:
         self.specs: dict[str, Any] = {}
         self._loaded: dict[str, Any] = {}
         self._kept: set[str] = set()  # given as objects: nothing could read them again
+        self._asked: set[str] = set()  # to be read ahead
         self._weights: dict[str, str | None] = {}
         for part in KINDS:
             self._add(part, given.get(part))
@@ -80,8 +85,16 @@ class Parts:
         expert = EXPERTS[part] if len(self.experts) > 1 else None
         self._loaded[part] = self.setup.apply(backbone, expert, device=self.device, pm=self.pm)
 
+    def read_ahead(self, part: str) -> None:
+        """Ask the system to read the files of a part that will soon be needed into its cache, while other work goes on."""
+        weights = getattr(self.specs[part], "weights", None)
+        if weights and not self.is_loaded(part) and part not in self._asked and hasattr(os, "posix_fadvise"):
+            self._asked.add(part)
+            Thread(target=_read_ahead, args=(weights,), daemon=True).start()
+
     def release(self, *parts: str) -> None:
         """Let parts go, to be read again when they are needed; those that were given as objects stay."""
+        self._asked -= set(parts)
         for part in set(parts) & self._loaded.keys() - self._kept:
             self._note_weights(part, self._loaded.pop(part))
         if self.device.type == "cuda":
@@ -150,3 +163,12 @@ def _revision(spec: Any) -> str | None:
     name, _, revision = name.partition("@")
     reference = Path(HF_HUB_CACHE) / f"models--{org}--{name}" / "refs" / (revision or "main")
     return reference.read_text().strip() if reference.is_file() else revision or None
+
+
+def _read_ahead(weights: str) -> None:
+    """What goes wrong here is said where the part is loaded."""
+    with suppress(OSError, ValueError, LookupError):
+        path = locate(weights, HUB_FILES)
+        for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+            with open(file, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

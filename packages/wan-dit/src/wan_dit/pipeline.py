@@ -140,7 +140,7 @@ class Pipeline:
         size: tuple[int, int] | None = None,
         cache: Any = None,
         resume: RunState | None = None,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """The events of one generation, `Done` with the result at the end. Settings that are None are the model's own; steps and shift
         those of the scheduler, where it is made for certain ones; frames and size those that the task's inputs suggest.
 
@@ -288,6 +288,7 @@ class Pipeline:
                 yield from self._load(expert, timings)
                 self.parts.check()
                 record = record.model_copy(update={"parts": self.parts.record()})
+            self.parts.read_ahead(sampling.expert_ahead)
             with self._timed(timings, "denoise"):
                 denoised = self._step(sampling, text, contexts)
             self._check_finite(expert, sampling.latents, "latents")

@@ -55,7 +55,15 @@ class Sampling:
     @property
     def expert(self) -> str:
         """The part that takes the next step: chosen by the truncated timestep, as in the official code."""
-        return HIGH if int(self.schedule.timesteps[self.i]) >= 1000 * self.boundary else LOW
+        return self._expert_at(self.i)
+
+    @property
+    def expert_ahead(self) -> str:
+        """The part that takes the step after the next one."""
+        return self._expert_at(min(self.i + 1, len(self.schedule.timesteps) - 1))
+
+    def _expert_at(self, i: int) -> str:
+        return HIGH if int(self.schedule.timesteps[i]) >= 1000 * self.boundary else LOW
 
     def timestep(self) -> Tensor:
         """`[1]`, or `[1, T']` where frames are known."""
