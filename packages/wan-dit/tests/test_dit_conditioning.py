@@ -15,12 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from wan_dit.contracts import Conditioning
+from wan_dit.events import Step
 from wan_dit.pipeline import Pipeline
 from wan_dit.plugins import BackboneSpec, VideoModelSpec
 from wan_dit.sizes import area_size, best_output_size, keeps_shape
 from wan_dit.tasks import Continuation, ImageToVideo, Target, TextToVideo, Vace
 from wan_dit.tasks.conditioning import known_channels, vace_context
-from wan_dit.tasks.pictures import as_tensor, covered
+from wan_dit.tasks.pictures import as_tensor, covered, stretched
 from wan_dit.tasks.task import Encoders
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -263,3 +264,82 @@ def test_a_video_is_continued_by_every_scheme() -> None:
         replace(task, overlap=6).check(target)
     with pytest.raises(ValueError, match="leaves nothing to make"):
         replace(task, overlap=13).check(target)
+
+
+def test_known_frames_are_put_back_and_their_time_is_zero() -> None:
+    """Of a video that is continued more than one latent frame is known."""
+    video = torch.rand(3, 12, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    backbone, vae = FakeBackbone(spec((4, 16, 16), 48)), FakeVAE((4, 16, 16), 48)
+    own = model(task="ti2v", steps=3, shift=5.0, guidance=2.0, size=(64, 64), frames=13)
+    pipe = Pipeline(own, backbone=backbone, vae=vae, text_encoder=FakeText())
+    predicted = [step.denoised for step in pipe.stream(POSITIVE, task=Continuation(video, overlap=5)) if isinstance(step, Step)]
+    known = vae.encode(video[None, :, -5:])
+    assert len(backbone.calls) == 6
+    for call in backbone.calls:
+        assert torch.equal(call.latents[:, :, :2], known)
+        assert not torch.equal(call.latents[:, :, 2:], torch.zeros_like(call.latents[:, :, 2:]))
+        assert call.timestep.tolist() == [[0, 0, call.timestep.max(), call.timestep.max()]]
+    assert all(torch.equal(latents[:, :, :2], known) for latents in (*predicted, vae.decoded))
+    first = pipe.parts["scheduler"].schedule(3, 5.0)
+    calls = [backbone(call.latents, call.timestep, context) for call, context in zip(backbone.calls[:2], (1.0, -0.5), strict=True)]
+    expected = backbone.calls[0].latents - first.sigmas[0] * (calls[1] + 2 * (calls[0] - calls[1]))
+    torch.testing.assert_close(predicted[0][:, :, 2:], expected[:, :, 2:])
+
+
+@pytest.mark.parametrize("references", [0, 2])
+def test_the_frames_of_references_are_dropped_at_the_front(references: int) -> None:
+    backbone, vae = FakeBackbone(spec(vace=True)), FakeVAE((4, 8, 8), 16)
+    own = model(task="vace", steps=2, shift=5.0, guidance=2.0, size=(32, 32), frames=9)
+    pipe = Pipeline(own, backbone=backbone, vae=vae, text_encoder=FakeText())
+    task = Vace(references=tuple(torch.full((3, 32, 32), 0.5 + i / 4) for i in range(references)))
+    last = [step.state for step in pipe.stream(POSITIVE, task=task) if isinstance(step, Step)][-1]
+    assert last.latents.shape[2] == 3 + references
+    assert torch.equal(vae.decoded, last.latents[:, :, references:])
+
+
+def test_outpainting_keeps_the_middle_and_makes_what_is_around() -> None:
+    vae, clip = FakeVAE((4, 8, 8), 16), torch.full((3, 5, 16, 32), 0.5)
+    target = Target(model(task="vace"), spec(vace=True), (64, 64), 5)
+    made = Vace(clip, outpaint=True).prepare(target, Encoders(lambda video: vae.encode(video[None]), NotImplemented))
+    middle = torch.zeros(8, 8, dtype=torch.bool)
+    middle[2:6] = True  # 64 x 32 pixels
+    inside = torch.zeros(3, 5, 64, 64)
+    inside[:, :, 16:48] = 0.5
+    torch.testing.assert_close(made.conditioning.vace[:, :16], vae.encode(inside[None]))
+    assert torch.equal(made.conditioning.vace[:, 16:32], vae.encode(torch.zeros_like(inside)[None])), "grey is made anew"
+    assert torch.equal(made.conditioning.vace[0, 32:] == 0, middle.expand(64, 2, 8, 8))
+
+
+def test_known_frames_are_kept_by_vace() -> None:
+    vae, first = FakeVAE((4, 8, 8), 16), torch.full((3, 32, 32), 0.5)
+    target = Target(model(task="vace"), spec(vace=True), (32, 32), 9)
+    made = ImageToVideo(first, -first).prepare(target, Encoders(lambda video: vae.encode(video[None]), NotImplemented))
+    frames = torch.zeros(1, 3, 9, 32, 32)
+    assert torch.equal(made.conditioning.vace[:, 16:32], vae.encode(frames)), "all that is made anew is grey"
+    frames[:, :, 0], frames[:, :, -1] = 0.5, -0.5
+    torch.testing.assert_close(made.conditioning.vace[:, :16], vae.encode(frames), atol=1e-2, rtol=0)
+    assert (made.conditioning.vace[0, 32:] == 1).all(), "as in the official code: none of the frames 1, 4 and 7 is known"
+
+
+@pytest.mark.parametrize("compat", ["fixed", "official"])
+def test_a_picture_of_another_shape_is_cropped_and_not_stretched(compat: Any) -> None:
+    """The official code takes no size of one's own: there every picture is stretched to a size of its shape."""
+    generator = torch.Generator().manual_seed(0)
+    first, last = (torch.rand(3, *size, generator=generator).mul(255).round() / 127.5 - 1 for size in ((32, 64), (64, 64)))
+    seen: list[Tensor] = []
+    encoders = Encoders(lambda video: seen.append(video) or torch.zeros(1, 16, 21, 4, 4), NotImplemented)
+    target = Target(model(task="flf2v"), spec(in_channels=36), (32, 32), 81, compat)
+    ImageToVideo(first, last).prepare(target, encoders)
+    expected = first[:, :, 16:48] if compat == "fixed" else stretched(first, (32, 32))
+    torch.testing.assert_close(seen[0][:, 0], expected, atol=1e-6, rtol=0)
+    assert not seen[0][:, 1:-1].any()
+    if compat == "fixed":  # brought to the shape of the first, whose middle is taken
+        torch.testing.assert_close(seen[0][:, -1], last[:, 16:48, 16:48], atol=1e-6, rtol=0)
+
+
+def test_the_image_encoder_sees_the_first_known_frame() -> None:
+    video, seen = torch.rand(3, 12, 32, 32) * 2 - 1, []
+    encoders = Encoders(lambda video: torch.zeros(1, 16, 4, 4, 4), lambda pictures: seen.extend(pictures) or torch.ones(1, 3, 4))
+    Continuation(video, overlap=5).prepare(Target(model(task="i2v"), spec(in_channels=36, image_dim=4), (32, 32), 13), encoders)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], video[:, -5])
