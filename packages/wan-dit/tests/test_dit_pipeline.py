@@ -226,6 +226,16 @@ def test_what_overflows_is_named_with_what_to_try(part: str, what: str, dtype: s
         Pipeline("tiny", **{part: loaded})(PROMPT, **SMALL)
 
 
+def test_a_backbone_that_overflows_is_told_after_its_first_step() -> None:
+    backbone = find("wan_backbones", "tiny").load()
+    with torch.no_grad():
+        backbone.head.proj.bias.mul_(float("nan"))
+    seen = []
+    with pytest.raises(ValueError, match="backbone 'tiny' made latents that are NaN"):
+        seen.extend(Pipeline("tiny", backbone=backbone).stream(PROMPT, **SMALL))
+    assert not any(isinstance(event, Step) for event in seen), "and no state of it is kept"
+
+
 def test_a_result_is_saved_whole_and_replaces_nothing_unasked(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = pipe(PROMPT, **SMALL)
     (tmp_path / "package.json").write_text("{}")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from wan_dit.caching.base import CacheRun
 from wan_dit.cli import main
 from wan_dit.config import TINY
 from wan_dit.events import Done, Loading, Step
@@ -28,6 +29,22 @@ from wan_dit.setup import BackboneSetup
 PROMPT = "a red circle moves left"
 SMALL: dict[str, Any] = {"steps": 4, "frames": 5, "size": (32, 32), "seed": 2}
 OPTIONS = ["--steps", "4", "--frames", "5", "--size", "32x32", "--seed", "2", "--device", "cpu"]
+
+
+PAIR = """
+from dataclasses import replace
+from wan_dit.plugins import find, hookimpl
+
+@hookimpl
+def wan_models():
+    return [replace(find("wan_models", "tiny"), name="pair", backbone="pair-high", low_noise_backbone="pair-low", boundary=0.8)]
+
+@hookimpl
+def wan_backbones():
+    from wan_dit.checkpoint import describe
+    return [replace(describe(path), name=name, weights=path)
+            for name, path in (("pair-high", {backbone!r}), ("pair-low", {low_noise_backbone!r}))]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +71,12 @@ def off(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("offload", ["model", "blocks", "stream"])
 def test_offload_changes_no_bit(offload: Any, plain: Tensor) -> None:
     assert torch.equal(make(BackboneSetup(offload=offload)), plain)
+
+
+def test_streaming_leaves_the_text_encoder_in_its_file_too() -> None:
+    pipe = Pipeline("tiny", setup=BackboneSetup(offload="stream"))
+    pipe.parts.load("text_encoder")
+    assert type(pipe.parts["text_encoder"]).__name__ == "StreamingTextEncoder"
 
 
 def test_offload_of_parts_keeps_one_at_a_time() -> None:
@@ -218,6 +241,54 @@ def test_a_state_is_of_its_run_whatever_the_pipeline_made_before(experts: dict[s
         Pipeline(**{**experts, "low_noise_backbone": high})(PROMPT, **SMALL, resume=state)
 
 
+def test_a_cache_is_told_of_the_experts(experts: dict[str, Any]) -> None:
+    seen: list[Any] = []
+
+    class Watching(CacheRun):
+        needs_trunk = False
+
+        def evaluate(self, state: Any, branch: str, position: Any, forward: Any, latents: Tensor) -> tuple[Tensor, bool]:
+            seen.append((branch, state["expert"], position.index, position.count, "known" in state))
+            state["known"] = True
+            return forward(), True
+
+    class Policy:
+        def start(self, timesteps: Tensor, boundary: float | None = None, group: Any = None) -> CacheRun:
+            return Watching(timesteps, boundary, group)
+
+    plain, pipe = Pipeline(**experts)(PROMPT, **SMALL), Pipeline(**experts)
+    assert torch.equal(pipe(PROMPT, **SMALL, cache=Policy()).video, plain.video)
+    high, low = ("backbone", 2), ("low_noise_backbone", 2)
+    expected = [(expert, i, count, i > 0) for expert, count in (high, low) for i in range(count)]
+    for branch in ("positive", "negative"):
+        assert [rest for name, *rest in seen if name == branch] == [list(row) for row in expected]
+
+
+def test_both_experts_have_to_fit(experts: dict[str, Any]) -> None:
+    other = replace(find("wan_backbones", "tiny"), name="other", latent_space="another")
+    with pytest.raises(ValueError, match="vae 'tiny' does not fit backbone 'other': its latent_space is tiny-1"):
+        Pipeline(**{**experts, "low_noise_backbone": other})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--quantise", "int8", "--lora", "style.safetensors:0.5:low", "--lora", "style.safetensors:-0.25:high"],
+        ["--precision", "fast", "--dtype", "bf16", "--attention", "sdpa-math"],
+        ["--cache", "first-block:threshold=0.4", "--offload", "model", "--guidance", "1.5,1"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_a_replay_repeats_every_option(experts: dict[str, Any], options: list[str], here: Path, install: Any) -> None:
+    lora_file(here / "style.safetensors")
+    install("wan-pair", PAIR.format(**{name: path for name, path in experts.items() if name != "model"}))
+    assert main(["generate", PROMPT, "--model", "pair", *OPTIONS, *options, "--output", "a.mp4"]) == 0
+    assert main(["generate", PROMPT, "--model", "pair", *OPTIONS, "--output", "plain.mp4"]) == 0
+    hashes = [json.loads(Path(file).read_text())["frames_sha256"] for file in ("a.json", "plain.json")]
+    assert hashes[0] != hashes[1], "they matter"
+    assert main(["replay", "a.json"]) == 0
+
+
 def test_a_lora_for_one_expert_leaves_the_other(experts: dict[str, Any], here: Path) -> None:
     path = lora_file(here / "style.safetensors")
 
@@ -355,7 +426,9 @@ def test_five_lines() -> None:
     assert Pipeline(model, backbone=backbone)(PROMPT).video.shape == (1, 3, 5, 32, 32)
 
 
-def test_the_second_expert_is_read_ahead_during_the_last_step_of_the_first(experts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_expert_is_read_ahead_during_the_last_step_of_the_first(
+    experts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[int, str]] = []
     monkeypatch.setattr("wan_dit.parts._read_ahead", lambda weights: asked.append((len(steps), weights)))
     steps: list[Step] = []

@@ -20,7 +20,7 @@ from wan_dit.manifest import Manifest
 from wan_dit.media import write_video
 from wan_dit.model import WanDiT
 from wan_dit.pipeline import Pipeline
-from wan_dit.plugins import VideoModelSpec
+from wan_dit.plugins import VideoModelSpec, find
 from wan_dit.tasks import Continuation, ImageToVideo, TextToVideo, Vace, task_of
 
 PROMPT = "a red circle moves left"
@@ -251,6 +251,30 @@ def test_inputs_choose_the_task() -> None:
     assert isinstance(task_of(vace=False, video="a.mp4"), Continuation)
     assert isinstance(task_of(vace=True, video="a.mp4"), Vace)
     assert isinstance(task_of(vace=True, video="a.mp4", overlap=5), Continuation)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vae_may_have_another_type_than_the_backbone(small: list[str], kind: str) -> None:
+    task = ImageToVideo(Image.fromarray(np.full((64, 64, 3), 200, dtype=np.uint8)))
+    made = []
+    for dtype, vae in (("fp32", torch.float32), ("fp32", torch.bfloat16), ("bf16", torch.float32)):
+        pipe = Pipeline(f"small-{kind}", dtype=dtype, vae=find("wan_vaes", "wan-vae:tiny").load(dtype=vae))
+        made.append(pipe(PROMPT, task=task, frames=5, size=(32, 32)))
+    for other in made[1:]:
+        assert 0 < (other.video - made[0].video).abs().mean() < 0.15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_that_overflow_in_the_vae_are_told_before_denoising(small: list[str], kind: str) -> None:
+    vae = find("wan_vaes", "wan-vae:tiny").load()
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.mul_(float("nan"))
+    seen = []
+    events = Pipeline(f"small-{kind}", vae=vae).stream(PROMPT, task=ImageToVideo(torch.zeros(3, 32, 32)), frames=5, size=(32, 32))
+    with pytest.raises(ValueError, match=r"vae '.*' made latents that are NaN or infinite, in float32: its weights are damaged"):
+        seen.extend(events)
+    assert not any(isinstance(event, Step) for event in seen)
 
 
 def test_a_task_of_ones_own(small: list[str]) -> None:
