@@ -337,6 +337,13 @@ def test_a_picture_of_another_shape_is_cropped_and_not_stretched(compat: Any) ->
         torch.testing.assert_close(seen[0][:, -1], last[:, 16:48, 16:48], atol=1e-6, rtol=0)
 
 
+def test_a_model_that_lacks_its_image_encoder_is_told_at_once() -> None:
+    backbone = FakeBackbone(spec(in_channels=36, image_dim=4))
+    pipe = Pipeline(model(task="i2v"), backbone=backbone, vae=FakeVAE((4, 8, 8), 16), text_encoder=FakeText())
+    with pytest.raises(ValueError, match="backbone 'fake' reads image tokens, and the model has no image encoder: give one"):
+        pipe.stream(POSITIVE, task=ImageToVideo(torch.zeros(3, 32, 32)), size=(32, 32))
+
+
 def test_the_image_encoder_sees_the_first_known_frame() -> None:
     video, seen = torch.rand(3, 12, 32, 32) * 2 - 1, []
     encoders = Encoders(lambda video: torch.zeros(1, 16, 4, 4, 4), lambda pictures: seen.extend(pictures) or torch.ones(1, 3, 4))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ def test_a_state_of_another_run_is_refused(change: dict[str, Any], field: str) -
     kept, _ = states(Pipeline("tiny"), steps=4)
     with pytest.raises(ValueError, match=f"the saved state is of another run: .*{field}"):
         Pipeline("tiny")(PROMPT, **{**SMALL, "steps": 4, **change}, resume=kept[0])
+
+
+def test_a_run_of_several_processes_goes_on_in_one() -> None:
+    kept, whole = states(Pipeline("tiny"), steps=4)
+    options = kept[1].run.options.model_copy(update={"processes": {"ulysses": 2}})
+    state = replace(kept[1], run=kept[1].run.model_copy(update={"options": options}))
+    assert torch.equal(resumed(state, steps=4).video, whole.video)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: b"", lambda data: b"x" * 100])

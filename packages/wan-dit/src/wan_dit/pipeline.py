@@ -117,6 +117,11 @@ class Pipeline:
         """Part -> spec."""
         return self.parts.specs
 
+    @property
+    def _sees(self) -> bool:
+        """Whether the backbone reads the tokens of an image encoder."""
+        return getattr(self.specs["backbone"], "image_dim", None) is not None
+
     def __call__(self, prompt: str, *, on_event: Callable[[Event], None] | None = None, **settings: Any) -> Result:
         """Generate one video; `settings` are those of `stream`, and `on_event` is called with each of its events."""
         for event in self.stream(prompt, **settings):
@@ -198,6 +203,8 @@ class Pipeline:
         target = Target(self.model, self.specs["backbone"], self.model.size, self.model.frames, self.compat)
         target = replace(target, frames=frames if frames is not None else task.frames(target) or self.model.frames)
         task.check(target)
+        if self._sees and "image_encoder" not in self.specs:
+            raise ValueError(f"backbone '{target.backbone.name}' reads image tokens, and the model has no image encoder: give one")
         return target.frames, size or task.size(target) or self.model.size
 
     @torch.no_grad()
@@ -255,10 +262,7 @@ class Pipeline:
         target = Target(self.model, self.specs["backbone"], request.size, request.frames, self.compat)
         if type(task) is TextToVideo and target.scheme != "vace":
             return Prepared()
-        sees = getattr(target.backbone, "image_dim", None) is not None
-        for part in ("vae", *(["image_encoder"] if sees else [])):
-            if part not in self.specs:
-                raise ValueError(f"backbone '{target.backbone.name}' reads image tokens, and the model has no image encoder: give one")
+        for part in ("vae", *(["image_encoder"] if self._sees else [])):
             yield from self._load(part, timings)
         yield Preparing(task.name)
         with self._timed(timings, "prepare"):
