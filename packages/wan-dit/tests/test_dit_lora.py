@@ -342,7 +342,9 @@ def test_every_formula_is_the_direct_product(
     apply(merged, [LoraSpec(path, strength)])
     apply(live, [LoraSpec(path, strength)], mode="live")
     after = merged.patch_embedding.weight if conv else merged.trunk.blocks[1].cross_attn.o.weight
-    torch.testing.assert_close(after, before + strength * scale * expected.reshape(before.shape), rtol=1e-5, atol=1e-4)
+    change = strength * scale * expected.reshape(before.shape)
+    # of the largest number: terms of a sum may cancel
+    torch.testing.assert_close(after, before + change, rtol=1e-5, atol=max(1e-4, 1e-6 * float(change.abs().max())))
     assert close(velocity(live), velocity(merged), 1e-5)
 
 

@@ -78,7 +78,9 @@ class Parts:
         if self.setup.offload != "none" and part != "vae":
             self.release(*(self.specs.keys() - {"vae", "scheduler"}))
         if part not in EXPERTS:
-            self._loaded[part] = self.specs[part].load(dtype=self.dtype, device=self.device)
+            spec = self.specs[part]
+            load = getattr(spec, "load_streamed", spec.load) if self.setup.offload == "stream" else spec.load
+            self._loaded[part] = load(dtype=self.dtype, device=self.device)
             return
         backbone = self.setup.load(self.specs[part], dtype=self.dtype, device=self.device)
         self._note_weights(part, backbone)

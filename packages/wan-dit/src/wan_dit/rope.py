@@ -47,7 +47,7 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device, 
 
 def rotate(x_BLNH: Tensor, rope_LP: Tensor) -> Tensor:
     """Turn interleaved (even, odd) pairs by the table, in its precision: fp32 for complex64, fp64 for complex128."""
-    pairs_BLNP2 = x_BLNH.to(rope_LP.dtype.to_real()).unflatten(-1, (-1, 2))
+    pairs_BLNP2 = x_BLNH.to(torch.float64 if rope_LP.dtype == torch.complex128 else torch.float32).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # the compiler makes no code for complex numbers
         (cos, sin), (even, odd) = torch.view_as_real(rope_LP)[:, None].unbind(-1), pairs_BLNP2.unbind(-1)
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

@@ -26,10 +26,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Demand:
-    """Bytes that a part takes: its weights, and the most beside them while it works."""
+    """Bytes that a part takes: its weights, the most beside them while it works, and its weights where they stay in their file.
+
+    streamed: None for a part that has to be read whole
+    """
 
     weights: int = 0
     work: int = 0
+    streamed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class RunPlan:
         """In the order in which they come; of two experts the larger one."""
         config = self.backbones[0]
         text, images, vae = (self.others.get(part, Demand()) for part in ("text_encoder", "image_encoder", "vae"))
+        if self.offload == "stream" and text.streamed is not None:
+            text = replace(text, weights=text.streamed)
         backbone = self.backbone_weights().device
         context = context_bytes(config, self.dtype, guided=self.guided)
         work = work_bytes(config, self.dtype, self.count, quantise=self.quantise)

@@ -24,7 +24,11 @@ def encoding_text(spec: TextEncoderSpec, *, dtype: str, **_: Any) -> dict[str, i
     with torch.device("meta"):
         encoder = UMT5Encoder(config)
     scores = 3 * 4 * config.num_heads * tokens**2  # logits, bias and their softmax
-    return {"weights": _weights(encoder, width), "work": scores + tokens * (24 * config.dim + 3 * width * config.dim_ffn)}
+    return {
+        "weights": _weights(encoder, width),
+        "work": scores + tokens * (24 * config.dim + 3 * width * config.dim_ffn),
+        "streamed": _weights(encoder.blocks[0], width),  # half a block, and the one that is read
+    }
 
 
 def encoding_image(spec: ImageEncoderSpec, *, dtype: str, **_: Any) -> dict[str, int]:

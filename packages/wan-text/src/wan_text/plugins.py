@@ -32,6 +32,10 @@ class TextEncoderSpec(ModelSpec):
     embed_dim: int
     max_tokens: int
 
+    def load_streamed(self, *, dtype: Any = None, device: Any = None) -> Any:
+        """As `load`, with the weights left in their file where the encoder is this package's umT5; any other is loaded."""
+        return load_spec(self, dtype=dtype, device=device, stream=self.target == UMT5_TARGET and self.weights is not None)
+
 
 @dataclass(frozen=True)
 class ImageEncoderSpec(ModelSpec):

@@ -31,7 +31,8 @@ class ModelSpec(Spec):
     describe: import string of a function `(path) -> spec` that reads the facts of a checkpoint without its weights
     footprint: import string of a function `(spec, *, size, frames, dtype, device) -> {"weights": bytes, "work": bytes}`, what
     the part takes in memory: for its weights, and at most beside them where it encodes a prompt or an image, or decodes a video
-    of `size` (width, height); dtype is a name such as `"bfloat16"`; `wan-dit plan` asks it
+    of `size` (width, height); dtype is a name such as `"bfloat16"`; `wan-dit plan` asks it. A text encoder may add `"streamed"`,
+    what it takes for weights that stay in their file
     """
 
     weights: str | None = field(default=None, kw_only=True)
