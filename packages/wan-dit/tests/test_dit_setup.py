@@ -308,6 +308,22 @@ def test_a_pair_of_guidance_needs_two_experts() -> None:
         Pipeline("tiny").stream(PROMPT, guidance=(3.0, 4.0))
 
 
+def test_a_pair_of_guidance_may_come_from_json(experts: dict[str, Any]) -> None:
+    pipe = Pipeline(**experts)
+    assert pipe.settings(PROMPT, guidance=[3.0, 4]).guidance == (3.0, 4)
+    with pytest.raises(ValueError, match=r"guidance is one number, or a pair \(low, high\) for two experts, got \[3.0\]"):
+        pipe.stream(PROMPT, guidance=[3.0])
+
+
+def test_guidance_1_of_one_expert_runs_it_once(experts: dict[str, Any]) -> None:
+    calls = []
+    pipe = Pipeline(**experts)
+    for part in pipe.parts.experts:
+        pipe.parts[part].register_forward_hook(lambda module, *_: calls.append(module))
+    pipe(PROMPT, **SMALL, guidance=(1.0, 3.0))
+    assert [calls.count(pipe.parts[part]) for part in ("backbone", "low_noise_backbone")] == [4, 2]
+
+
 def test_a_model_folder_is_used_and_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "tiny", "mine", "--to", "own"]) == 0
     assert main(["generate", PROMPT, *OPTIONS, "--model", "mine", "--output", "a.mp4"]) == 0

@@ -139,7 +139,7 @@ class Pipeline:
         negative_prompt: str | None = None,
         steps: int | None = None,
         shift: float | None = None,
-        guidance: float | tuple[float, float] | None = None,
+        guidance: float | Sequence[float] | None = None,
         seed: int = 0,
         frames: int | None = None,
         size: tuple[int, int] | None = None,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from .plugins import VideoModelSpec
 
@@ -56,7 +57,7 @@ def make_request(
     negative_prompt: str | None = None,
     steps: int | None = None,
     shift: float | None = None,
-    guidance: float | tuple[float, float] | None = None,
+    guidance: float | Sequence[float] | None = None,
     seed: int = 0,
     frames: int | None = None,
     size: tuple[int, int] | None = None,
@@ -70,7 +71,7 @@ def make_request(
         negative_prompt=model.negative_prompt if negative_prompt is None else negative_prompt,
         steps=model.steps if steps is None else steps,
         shift=model.shift if shift is None else shift,
-        guidance=model.guidance if guidance is None else guidance,
+        guidance=_guidance(model.guidance if guidance is None else guidance, model),
         seed=seed,
         frames=model.frames if frames is None else frames,
         size=model.size if size is None else (size[0], size[1]),
@@ -79,9 +80,6 @@ def make_request(
         raise ValueError("the prompt is empty: say what the video shows, such as 'a red circle moves left'")
     for name, value in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
         _check_words(name, value, text)
-    if isinstance(request.guidance, tuple) and not model.low_noise_backbone:
-        low, high = request.guidance
-        raise ValueError(f"guidance {low:g},{high:g} is a pair for two experts, and model '{model.name}' is one backbone: give one number")
     _check_numbers(request)
     _check_shape(request, backbone)
     return request
@@ -100,6 +98,18 @@ def unknown_words(model: VideoModelSpec, prompt: str) -> str:
     shown = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
     listed = "; ".join(f"{name} {', '.join(words)}" for name, words in groups.items() if name != "others")
     return f"model '{model.name}' does not know: {shown}. It knows {listed}"
+
+
+def _guidance(scale: float | Sequence[float], model: VideoModelSpec) -> float | tuple[float, float]:
+    """One number, or the pair of a model of two experts."""
+    if not isinstance(scale, list | tuple):
+        return cast("float", scale)
+    if len(scale) != 2:
+        raise ValueError(f"guidance is one number, or a pair (low, high) for two experts, got {list(scale)}")
+    low, high = scale
+    if not model.low_noise_backbone:
+        raise ValueError(f"guidance {low:g},{high:g} is a pair for two experts, and model '{model.name}' is one backbone: give one number")
+    return low, high
 
 
 def _check_words(name: str, value: str, text: Any) -> None:
