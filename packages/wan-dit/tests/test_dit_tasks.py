@@ -22,6 +22,8 @@ from wan_dit.model import WanDiT
 from wan_dit.pipeline import Pipeline
 from wan_dit.plugins import VideoModelSpec, find
 from wan_dit.tasks import Continuation, ImageToVideo, TextToVideo, Vace, task_of
+from wan_dit.tasks.pictures import on_white
+from wan_dit.tasks.record import from_record, recorded
 
 PROMPT = "a red circle moves left"
 Install = Callable[..., None]
@@ -275,6 +277,34 @@ def test_pictures_that_overflow_in_the_vae_are_told_before_denoising(small: list
     with pytest.raises(ValueError, match=r"vae '.*' made latents that are NaN or infinite, in float32: its weights are damaged"):
         seen.extend(events)
     assert not any(isinstance(event, Step) for event in seen)
+
+
+def test_a_record_gives_its_task_again(small: list[str], here: Path) -> None:
+    image, video, mask = draw(here / "a.png"), film(here / "film.mp4"), draw(here / "m.png")
+    references = tuple(draw(here / f"r{i}.png", size=(20 + i, 40)) for i in range(11))
+    tasks = [
+        TextToVideo(), ImageToVideo(image), ImageToVideo(image, mask), Continuation(video, overlap=9), Vace(video, outpaint=True),
+        Vace(video, mask, references, scale=(0.5, 1.0)), Vace(references=references[:1], scale=0.25),
+    ]  # fmt: skip
+    for task in tasks:
+        record = json.loads(json.dumps(recorded(task)))
+        again = from_record(record)
+        assert (type(again), again.settings(), recorded(again)) == (type(task), task.settings(), recorded(task))
+        paths = [entry["path"] for entry in record["inputs"].values()]
+        assert [str(source) for source in again.inputs().values() if source is not None] == paths, "references in their order"
+
+
+def test_a_reference_is_shown_whole_on_white(here: Path) -> None:
+    shown = on_white(Image.open(draw(here / "r.png", size=(20, 40), colour=(0, 0, 0))), (64, 48))
+    assert (shown[:, :, :20] == 1).all()
+    assert (shown[:, :, -20:] == 1).all()
+    assert (shown[:, :, 20:44] == -1).all()
+
+
+def test_what_is_outpainted_has_the_models_size(small: list[str], here: Path) -> None:
+    video, pipe = film(here / "film.mp4"), Pipeline("small-vace")
+    assert pipe.settings(PROMPT, task=Vace(video, outpaint=True)).size == (64, 64)
+    assert pipe.settings(PROMPT, task=Vace(video)).size == (64, 48)
 
 
 def test_a_task_of_ones_own(small: list[str]) -> None:
