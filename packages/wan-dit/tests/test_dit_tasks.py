@@ -294,6 +294,16 @@ def test_a_record_gives_its_task_again(small: list[str], here: Path) -> None:
         assert [str(source) for source in again.inputs().values() if source is not None] == paths, "references in their order"
 
 
+def test_a_replay_has_the_defects_that_the_run_had(small: list[str], here: Path) -> None:
+    draw(here / "a.png", size=(96, 64))
+    run = ["generate", PROMPT, "--model", "small-i2v", "--image", "a.png", "--size", "32x64", "--frames", "5", "--device", "cpu"]
+    for compat in ("fixed", "official"):
+        assert main([*run, "--compat", compat, "--output", f"{compat}.mp4"]) == 0
+        assert main(["replay", f"{compat}.json"]) == 0
+    fixed, official = (json.loads((here / f"{compat}.json").read_text())["frames_sha256"] for compat in ("fixed", "official"))
+    assert fixed != official, "cropped or stretched"
+
+
 def test_a_reference_is_shown_whole_on_white(here: Path) -> None:
     shown = on_white(Image.open(draw(here / "r.png", size=(20, 40), colour=(0, 0, 0))), (64, 48))
     assert (shown[:, :, :20] == 1).all()
