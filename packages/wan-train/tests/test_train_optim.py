@@ -165,7 +165,7 @@ def test_averages_warm_up_and_lag() -> None:
         ema.update(step)
         keep = min(0.5, (1 + step) / (10 + step))
         expected = keep * expected + (1 - keep) * (step + 1)
-        seen.append(ema.modules["part"].weight[0, 0].item())
+        seen.append(ema.state["part"]["weight"][0, 0].item())
         assert seen[-1] == pytest.approx(expected, rel=1e-6)
         assert seen[-1] < step + 1
     assert seen[0] == pytest.approx(0.9)  # 1/10 of the start is kept, then 2/11, ... up to the decay
@@ -174,15 +174,14 @@ def test_averages_warm_up_and_lag() -> None:
 
 def test_averages_are_frozen_copies_and_the_weights_themselves_without_a_decay() -> None:
     live = linear(1.0).train()
-    averaged = EMA({"part": live}, 0.9).modules["part"]
-    assert averaged is not live
-    assert not averaged.training
-    assert not any(param.requires_grad for param in averaged.parameters())
-    assert live.training
+    averaged = EMA({"part": live}, 0.9).state["part"]
+    assert averaged.keys() == live.state_dict().keys()
+    assert not any(own is param for own in averaged.values() for param in live.parameters())
+    assert not any(own.requires_grad for own in averaged.values())
     assert all(param.requires_grad for param in live.parameters())
     none = EMA({"part": live}, 0.0)
     none.update(3)
-    assert none.modules["part"] is live
+    assert none.state["part"]["weight"] is live.weight
 
 
 def test_buffers_are_those_of_the_weights() -> None:
@@ -190,5 +189,5 @@ def test_buffers_are_those_of_the_weights() -> None:
     ema = EMA({"part": live}, 0.9)
     live(torch.randn(8, 2) + 5)
     ema.update(0)
-    assert torch.equal(ema.modules["part"].running_mean, live.running_mean)
+    assert torch.equal(ema.state["part"]["running_mean"], live.running_mean)
     assert live.running_mean.abs().min() > 0.1

@@ -13,6 +13,7 @@ from torch.distributions import Normal, kl_divergence
 from wan_train.data.shapes import Shapes
 from wan_train.objectives.vae import VAEObjective
 from wan_train.plugins import find, plugin_manager
+from wan_train.randomness import generator
 
 Make = Callable[..., VAEObjective]
 PHASES = [{"until": 0.25, "frames": 5, "size": 16, "batch": 3}, {"until": 1.0, "frames": 9, "size": 24}]
@@ -50,46 +51,56 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def draw(seed: int) -> Any:
+    """The draws of a step."""
+    return lambda sample, stream: generator(seed, 0, sample, stream)
+
+
+def loss(objective: VAEObjective, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    losses, facts = objective.losses(objective.batch((0, 1), draw(seed), 0.0))
+    return losses.mean(), {name: values.mean() for name, values in facts.items()}
+
+
 @pytest.mark.parametrize(
     ("progress", "shape"), [(0.0, (3, 3, 5, 16, 16)), (0.2499, (3, 3, 5, 16, 16)), (0.25, (2, 3, 9, 24, 24)), (1.0, (2, 3, 9, 24, 24))]
 )
 def test_crops_are_windows_of_the_phases_size(make: Make, progress: float, shape: tuple[int, ...]) -> None:
     objective = make(Places(), phases=PHASES)
-    crops = objective.batch(2, seeded(3), progress)
+    samples = (3, 6, 1)[: objective.batch_size(2, progress)]
+    crops = objective.batch(samples, draw(3), progress).video
     assert crops.shape == shape
-    for crop in crops:
+    for sample, crop in zip(samples, crops, strict=True):
         index, corner = int(crop[0, 0, 0, 0] // 100), crop[:, 0, 0, 0]
-        assert 0 <= index < 7
+        assert index == sample
         t, y, x = (int(value) % 100 for value in corner)
         assert torch.equal(crop, objective.dataset.video([index])[0, :, t : t + shape[2], y : y + shape[3], x : x + shape[4]])
 
 
-def test_every_clip_and_place_is_drawn_and_only_by_the_generator(make: Make) -> None:
+def test_every_place_is_drawn_and_only_by_the_draws_of_the_sample(make: Make) -> None:
     objective = make(Places(), phases=PHASES)
-    corners = torch.cat([objective.batch(2, seeded(seed), 0.0)[:, :, 0, 0, 0] for seed in range(150)])
-    assert set((corners[:, 0] // 100).tolist()) == set(range(7))
+    corners = torch.cat([objective.batch((0, 1), draw(seed), 0.0).video[:, :, 0, 0, 0] for seed in range(150)])
     for axis, (have, want) in enumerate([(13, 5), (32, 16), (40, 16)]):
         assert set((corners[:, axis] % 100).tolist()) == set(range(have - want + 1))
-    assert torch.equal(objective.batch(2, seeded(5), 0.0), objective.batch(2, seeded(5), 0.0))
+    both, alone = objective.batch((4, 5), draw(5), 0.0).video, objective.batch((5,), draw(5), 0.0).video
+    assert torch.equal(both[1:], alone)
 
 
 def terms(objective: VAEObjective, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The batch and the outputs that `loss` draws from this seed."""
-    generator = seeded(seed)
-    video = objective.batch(2, generator, 0.0)
-    return video, *objective.vae.reconstruct(video, generator)
+    batch = objective.batch((0, 1), draw(seed), 0.0)
+    return batch.video, *objective.vae.reconstruct(batch.video, batch.generators)
 
 
 def test_the_kl_term_is_that_of_the_posterior_against_a_unit_normal(make: Make) -> None:
     objective = make(l1=0.0, kl=1.0)
     _, _, mean, logvar = terms(objective, 1)
     expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).mean()
-    loss, figures = objective.loss(2, seeded(1), 0.0)
+    found, figures = loss(objective, 1)
     assert expected > 0.01
-    assert torch.isclose(loss, expected, rtol=1e-5)
+    assert torch.isclose(found, expected, rtol=1e-5)
     assert figures["kl"] == pytest.approx(expected.item(), rel=1e-5)
     wrong = kl_divergence(Normal(0.0, 1.0), Normal(mean, (0.5 * logvar).exp())).mean()
-    assert not torch.isclose(loss, wrong, rtol=1e-2)  # the other way round is another number
+    assert not torch.isclose(found, wrong, rtol=1e-2)  # the other way round is another number
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(make: Make) -> None:
@@ -97,12 +108,13 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(make: Make) -> None:
     video, output, mean, logvar = terms(objective, 1)
     l1, l2 = (output - video).abs().mean(), (output - video).square().mean()
     kl = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).mean()
-    loss, figures = objective.loss(2, seeded(1), 0.0)
-    assert torch.isclose(loss, 2 * l1 + 3 * l2 + 0.5 * kl, rtol=1e-5)
+    found, figures = loss(objective, 1)
+    assert torch.isclose(found, 2 * l1 + 3 * l2 + 0.5 * kl, rtol=1e-5)
     assert figures["l1"] == pytest.approx(l1.item(), rel=1e-5)
-    assert figures["psnr"] == pytest.approx(10 * torch.log10(4 / l2).item(), rel=1e-5)
-    assert torch.equal(loss, objective.loss(2, seeded(1), 0.0)[0])
-    assert not torch.isclose(loss, objective.loss(2, seeded(2), 0.0)[0], rtol=1e-4)
+    each = (output - video).square().flatten(1).mean(1)
+    assert figures["psnr"] == pytest.approx((10 * torch.log10(4 / each)).mean().item(), rel=1e-5)
+    assert torch.equal(found, loss(objective, 1)[0])
+    assert not torch.isclose(found, loss(objective, 2)[0], rtol=1e-4)
 
 
 @torch.no_grad()
@@ -120,7 +132,7 @@ def test_the_posterior_is_sampled_in_training_only(make: Make) -> None:
 
 def test_every_parameter_gets_a_gradient_and_one_group(make: Make) -> None:
     objective = make(kl=0.1)
-    objective.loss(2, seeded(0), 0.0)[0].backward()
+    loss(objective, 0)[0].backward()
     named = dict(objective.vae.named_parameters())
     assert [name for name, param in named.items() if param.grad is None or not param.grad.abs().max() > 0] == []
     groups = objective.parameter_groups()

@@ -44,10 +44,32 @@ class OptimiserConfig(_Section):
     clip: float = Field(default=1.0, ge=0)
 
 
+class ParallelConfig(_Section):
+    """How many processes share what; the data ranks are what is left of all processes (`wan_train.layout`).
+
+    ulysses, ring: processes that split the tokens of a sample, by heads and by neighbours in a ring
+    fsdp: processes that the weights are split over; a multiple of ulysses x ring contains their group, as in the report
+    """
+
+    ulysses: int = Field(default=1, gt=0)
+    ring: int = Field(default=1, gt=0)
+    fsdp: int = Field(default=1, gt=0)
+
+
+class MemoryConfig(_Section):
+    """What activations of a block become between forward and backward: kept, moved to the host's memory, or computed again.
+
+    policy: one for all blocks (`keep`, `offload`, `recompute`), or one a block
+    """
+
+    policy: Literal["keep", "offload", "recompute"] | tuple[Literal["keep", "offload", "recompute"], ...] = "keep"
+
+
 class TrainConfig(_Section):
     """One run.
 
-    steps, batch_size: optimiser steps and samples in each
+    steps, batch_size: optimiser steps and samples in each, over all processes
+    micro_batch: samples that a process computes at a time, 0 for all of its share of the step
     precision: `fp32`, or `bf16` autocast over fp32 weights
     ema: decay of the averaged weights that are previewed and exported, 0 for none
     output: folder of logs, previews, checkpoints and the exported parts
@@ -59,8 +81,11 @@ class TrainConfig(_Section):
     objective: PartConfig
     data: PartConfig
     optimiser: OptimiserConfig = OptimiserConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
+    micro_batch: int = Field(default=0, ge=0)
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     ema: float = Field(default=0.0, ge=0, lt=1)

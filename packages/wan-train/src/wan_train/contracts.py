@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -31,13 +31,17 @@ class Dataset(Protocol):
         """Validation figures of clips `[N, 3, T, H, W]` made from prompts."""
 
 
+Draw = Callable[[int, str], "torch.Generator"]  # (sample, stream) -> the random numbers of this step
+
+
 class Objective(Protocol):
     """What is trained and how its loss is computed; `target(settings, dataset, folder, device, pm)` builds one.
 
-    Everything random comes from the generator it is handed, so a step is the same after a resume.
+    modules: what is trained, by name; samples: how many samples there are to train on
     """
 
     modules: dict[str, nn.Module]
+    samples: int
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for the optimiser: `params`, and `muon=True` where Muon may train them (2-D weights)."""
@@ -45,8 +49,18 @@ class Objective(Protocol):
     def prepare(self) -> None:
         """Once before training: fit and encode what is encoded once."""
 
-    def loss(self, batch_size: int, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """The loss of one batch drawn with `generator`, and figures for the log; progress is the share of the run that is done."""
+    def batch_size(self, given: int, progress: float) -> int:
+        """How many samples a step takes; `given` is what the recipe says."""
+
+    def batch(self, samples: Sequence[int], draw: Draw, progress: float) -> Any:
+        """All that the loss of some samples needs, without gradients: clips, noise, prompts; a plain or data class of tensors on the CPU.
+
+        Everything random comes from `draw`, so that it is the same in every parallel layout and after a resume; progress is the
+        share of the run that is done.
+        """
+
+    def losses(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each sample, `[B]`, and figures of each for the log, `[B]` without gradients; the step takes the mean."""
 
     def preview(self, modules: dict[str, nn.Module]) -> tuple[Tensor, dict[str, float]]:
         """Sample clips `[N, 3, T, H, W]` made with the given (averaged) modules, and validation figures."""
@@ -64,8 +78,10 @@ class TrainableVAE(Protocol):
     def reinitialised(self, **architecture: Any) -> TrainableVAE:
         """One with fresh weights and this one's config, with the fields in `architecture` changed."""
 
-    def reconstruct(self, video: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Differentiable and unclamped: the video, the mean and the log-variance."""
+    def reconstruct(
+        self, video: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Differentiable and unclamped: the video, the mean and the log-variance; a generator for all or one for each video."""
 
     def fit_normaliser(self, batches: Iterable[Tensor]) -> None:
         """Measure the mean and deviation of each latent channel and write them into the config."""

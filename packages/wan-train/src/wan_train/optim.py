@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from copy import deepcopy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .config import OptimiserConfig
+from .copies import State, distributed, fill, local, named, whole
 
 
 class Optimiser:
@@ -22,6 +24,8 @@ class Optimiser:
         self.config, self.steps = config, steps
         self.params = [param for group in groups for param in group["params"]]
         chosen = [param for group in groups if group.get("muon") and config.name == "muon" for param in group["params"]]
+        if any(isinstance(param, DTensor) for param in chosen):
+            raise ValueError("optimiser muon takes whole matrices, and parallel.fsdp splits them: use adamw, or fsdp 1")
         ids = {id(param) for param in chosen}
         self.matrices = [(param, param.detach().view(len(param), -1)) for param in chosen]  # each shares its memory with the parameter
         self.parts: list[tuple[torch.optim.Optimizer, float]] = []
@@ -45,8 +49,10 @@ class Optimiser:
 
         Raises ValueError where the norm is not finite, and leaves the weights as they are.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.config.clip or math.inf)
+        norm = gradient_norm(self.params)
         require_finite("norm of the gradient", norm, step)
+        if self.config.clip and norm > self.config.clip:
+            torch._foreach_mul_([local(param.grad) for param in self.params if param.grad is not None], float(self.config.clip / norm))
         for param, matrix in self.matrices:
             matrix.grad = param.grad.flatten(1) if param.grad is not None else None
         for optimiser, peak in self.parts:
@@ -58,31 +64,60 @@ class Optimiser:
         return float(norm)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        return [optimiser.state_dict() for optimiser, _ in self.parts]
+        """Of each part, with whole tensors; all processes have to call it."""
+        states = [optimiser.state_dict() for optimiser, _ in self.parts]
+        return [{**state, "state": {key: whole(value) for key, value in state["state"].items()}} for state in states]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         for (optimiser, _), state in zip(self.parts, states, strict=True):
             optimiser.load_state_dict(state)
+            for param, own in optimiser.state.items():
+                if isinstance(param, DTensor):
+                    own |= {name: distributed(value, param) for name, value in own.items() if value.shape == param.shape}
 
 
 class EMA:
-    """Exponential moving average of the weights, with the usual warm-up (1 + n) / (10 + n) of its decay."""
+    """Exponential moving average of the weights, with the usual warm-up (1 + n) / (10 + n) of its decay.
+
+    state: module -> averaged tensors by name, sharded as the live ones; without a decay the live ones themselves
+    """
 
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
-        self.decay, self.live = decay, modules
-        self.modules = {name: deepcopy(module).requires_grad_(False).eval() for name, module in modules.items()} if decay else modules
+        self.decay = decay
+        self.live = {name: named(module) for name, module in modules.items()}
+        self.state = {
+            name: {key: value.detach().clone() for key, value in live.items()} if decay else live for name, live in self.live.items()
+        }
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         if not self.decay:
             return
         keep = min(self.decay, (1 + step) / (10 + step))
-        for name, module in self.modules.items():
-            averaged: list[torch.Tensor] = list(module.parameters())
-            live: list[torch.Tensor] = list(self.live[name].parameters())
-            torch._foreach_lerp_(averaged, live, 1 - keep)
-            for own, other in zip(module.buffers(), self.live[name].buffers(), strict=True):
-                own.copy_(other)
+        for name, state in self.state.items():
+            pairs = [(local(own), live, local(live)) for own, live in zip(state.values(), self.live[name].values(), strict=True)]
+            weights = [(own, live) for own, given, live in pairs if isinstance(given, nn.Parameter)]
+            torch._foreach_lerp_([own for own, _ in weights], [live for _, live in weights], 1 - keep)
+            for own, given, live in pairs:
+                if not isinstance(given, nn.Parameter):  # a buffer
+                    own.copy_(live)
+
+    def load_state_dict(self, states: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Take up averages; KeyError or RuntimeError where they are of other modules."""
+        for name, state in self.state.items():
+            fill(state, states[name])
+
+
+def _copied(state: State) -> State:
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The norm of all gradients, on every process; those that are sharded are summed over their processes."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = [torch.linalg.vector_norm(grad) for grad in grads]
+    gathered = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(gathered)) if gathered else torch.zeros(())
 
 
 def require_finite(name: str, value: torch.Tensor, step: int) -> None:

@@ -55,6 +55,22 @@ class Tracker:
         )
 
 
+class Silent(Tracker):
+    """Of all processes but the first: writes nothing."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], step: int) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        pass
+
+    def grid(self, step: int, clips: Tensor, columns: int = 6) -> None:
+        pass
+
+
 def _lines_until(path: Path, step: int) -> list[str]:
     """The lines of a log up to `step`; one that a kill cut short is left out."""
     kept = []

@@ -176,15 +176,17 @@ class WanVAE(Pretrained):
         self.check_video(video)
         return self.encode_step(video, StreamState(carry=False, convolution=self._convolution("encoder")))
 
-    def reconstruct(self, video: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def reconstruct(
+        self, video: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`(video, mean, logvar)`: the reconstruction, unclamped, and the moments; differentiable.
 
-        Decodes a sample of the posterior in training mode or where a generator is given, else its mean.
+        Decodes a sample of the posterior in training mode or where a generator is given, one for all or one for each video, else its mean.
         """
         mean, logvar = self.moments(video)
         latents = mean
         if self.training or generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else mean.device)
+            noise = torch.stack([_noise(one, own) for one, own in zip(mean, _each(generator, len(mean)), strict=True)])
             latents = mean + noise.to(mean) * torch.exp(0.5 * logvar.clamp(-30, 20))
         state = StreamState(carry=False, convolution=self._convolution("decoder"))
         return self.decode_step(latents, state), mean, logvar
@@ -310,6 +312,14 @@ def spec_of(config: VAEConfig, name: str | None = None) -> VAESpec:
         format=WanVAE.format,
         describe="wan_vae.checkpoint:describe",
     )
+
+
+def _each(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> Sequence[torch.Generator | None]:
+    return generator if isinstance(generator, Sequence) else count * [generator]
+
+
+def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=generator.device if generator else like.device)
 
 
 @lru_cache(maxsize=16)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from ..plugins import find
 if TYPE_CHECKING:
     import pluggy
 
-    from ..contracts import Dataset
+    from ..contracts import Dataset, Draw
 
 
 class FlowSettings(BaseModel):
@@ -56,6 +58,16 @@ class FlowSettings(BaseModel):
     preview_prompts: int = Field(60, gt=0)
     preview_steps: int = Field(15, gt=0)
     preview_guidance: float = Field(2.0, ge=0)
+
+
+@dataclass(frozen=True)
+class FlowBatch:
+    """Samples of a step: latents and noise `[B, C, T', H', W']`, noise levels `[B]`, prompts."""
+
+    clean: Tensor
+    noise: Tensor
+    sigma: Tensor
+    prompts: list[str]
 
 
 class RectifiedFlow:
@@ -102,7 +114,7 @@ class RectifiedFlow:
 
     def prepare(self) -> None:
         """Encode the clips once; the cache is keyed by the VAE's weights and config (the normaliser) and by the data set."""
-        count = self.settings.clips or len(self.dataset)
+        count = self.samples
         vae = f"{fingerprint(self.vae.state_dict())} {getattr(self.vae, 'config', '')}"
         key = hashlib.sha256(f"{vae} {self.dataset.key()} {count}".encode()).hexdigest()[:16]
         path = self.folder / "cache" / f"latents-{key}.safetensors"
@@ -116,20 +128,31 @@ class RectifiedFlow:
         self.latents = load_file(path)["latents"]
         self.captions = [self.dataset.captions(index) for index in range(count)]
 
-    def loss(self, batch_size: int, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
-        picks = torch.randint(len(self.latents), (batch_size,), generator=generator).tolist()
-        draws, drops = torch.rand(batch_size, generator=generator).tolist(), torch.rand(batch_size, generator=generator).tolist()
-        prompts = [
-            "" if drop < self.settings.text_drop else self.captions[pick][int(draw * len(self.captions[pick]))]
-            for pick, draw, drop in zip(picks, draws, drops, strict=True)
-        ]
-        clean = self.latents[picks].to(self.device)
-        noise = torch.randn(clean.shape, generator=generator).to(self.device)
-        sigma = self.sigmas(batch_size, generator).to(self.device)
+    @property
+    def samples(self) -> int:
+        return self.settings.clips or len(self.dataset)
+
+    def batch_size(self, given: int, progress: float) -> int:
+        return given
+
+    def batch(self, samples: Sequence[int], draw: Draw, progress: float) -> FlowBatch:
+        clean = self.latents[list(samples)]
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=draw(sample, "noise")) for sample in samples])
+        sigma = torch.cat([self.sigmas(1, draw(sample, "sigma")) for sample in samples])
+        return FlowBatch(clean, noise, sigma, [self._prompt(sample, draw(sample, "prompt")) for sample in samples])
+
+    def _prompt(self, sample: int, generator: torch.Generator) -> str:
+        """One of a clip's captions, or the empty prompt."""
+        drop, pick = torch.rand(2, generator=generator).tolist()
+        captions = self.captions[sample]
+        return "" if drop < self.settings.text_drop else captions[int(pick * len(captions))]
+
+    def losses(self, batch: FlowBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        clean, noise, sigma = (value.to(self.device) for value in (batch.clean, batch.noise, batch.sigma))
         share = sigma.view(-1, 1, 1, 1, 1)
-        velocity = self.backbone((1 - share) * clean + share * noise, 1000 * sigma, self.backbone.encode_context(self.embed(prompts)))
-        loss = (velocity.float() - (noise - clean)).square().mean()
-        return loss, {}
+        context = self.backbone.encode_context(self.embed(batch.prompts))
+        velocity = self.backbone((1 - share) * clean + share * noise, 1000 * sigma, context)
+        return (velocity.float() - (noise - clean)).square().flatten(1).mean(1), {}
 
     def sigmas(self, count: int, generator: torch.Generator) -> Tensor:
         """Logit-normal draws, shifted: s u / (1 + (s - 1) u)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from ..plugins import find
 if TYPE_CHECKING:
     import pluggy
 
-    from ..contracts import Dataset
+    from ..contracts import Dataset, Draw
 
 
 class Phase(BaseModel):
@@ -49,6 +51,14 @@ class VAESettings(BaseModel):
     validation: int = Field(16, gt=0)
 
 
+@dataclass(frozen=True)
+class VAEBatch:
+    """Crops `[B, 3, T, H, W]`, and the random numbers of the posterior of each."""
+
+    video: Tensor
+    generators: list[torch.Generator]
+
+
 class VAEObjective:
     """Trains one VAE on crops of clips; see `wan_train.contracts.Objective`."""
 
@@ -74,26 +84,36 @@ class VAEObjective:
     def prepare(self) -> None:
         """Nothing is encoded once: a VAE trains on pixels."""
 
-    def loss(self, batch_size: int, generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
-        video = self.batch(batch_size, generator, progress).to(self.device)
-        settings = self.settings
-        output, mean, logvar = self.vae.reconstruct(video, generator)
-        difference = output.float() - video
-        l1, l2 = difference.abs().mean(), difference.square().mean()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean() if logvar is not None else mean.new_zeros(())
-        loss = settings.l1 * l1 + settings.l2 * l2 + settings.kl * kl
-        return loss, {"l1": l1.item(), "kl": kl.item(), "psnr": _psnr(l2).item()}
+    @property
+    def samples(self) -> int:
+        return len(self.dataset)
 
-    def batch(self, batch_size: int, generator: torch.Generator, progress: float) -> Tensor:
-        """Random crops in time and space of random clips, as the phase at `progress` says."""
-        phase = next(phase for phase in self.settings.phases if progress < phase.until or phase is self.settings.phases[-1])
-        indices = torch.randint(len(self.dataset), (phase.batch or batch_size,), generator=generator).tolist()
+    def batch(self, samples: Sequence[int], draw: Draw, progress: float) -> VAEBatch:
+        """Random crops in time and space of the clips, as the phase at `progress` says."""
+        phase = self.phase(progress)
         crops = []
-        for clip in self.dataset.video(indices):
+        for sample, clip in zip(samples, self.dataset.video(samples), strict=True):
+            generator = draw(sample, "crop")
             spans = zip(clip.shape[1:], (phase.frames, phase.size, phase.size), strict=True)
             t, y, x = (int(torch.randint(have - want + 1, (), generator=generator)) for have, want in spans)
             crops.append(clip[:, t : t + phase.frames, y : y + phase.size, x : x + phase.size])
-        return torch.stack(crops)
+        return VAEBatch(torch.stack(crops), [draw(sample, "posterior") for sample in samples])
+
+    def batch_size(self, given: int, progress: float) -> int:
+        """Samples of a step: those of the phase, where it says how many."""
+        return self.phase(progress).batch or given
+
+    def phase(self, progress: float) -> Phase:
+        return next(phase for phase in self.settings.phases if progress < phase.until or phase is self.settings.phases[-1])
+
+    def losses(self, batch: VAEBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        settings, video = self.settings, batch.video.to(self.device)
+        output, mean, logvar = self.vae.reconstruct(video, batch.generators)
+        difference = (output.float() - video).flatten(1)
+        l1, l2 = difference.abs().mean(1), difference.square().mean(1)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1) if logvar is not None else torch.zeros_like(l1)
+        losses = settings.l1 * l1 + settings.l2 * l2 + settings.kl * kl
+        return losses, {"l1": l1.detach(), "kl": kl.detach(), "psnr": _psnr(l2.detach())}
 
     @torch.no_grad()
     def preview(self, modules: dict[str, nn.Module]) -> tuple[Tensor, dict[str, float]]:

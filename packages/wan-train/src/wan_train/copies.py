@@ -1,0 +1,68 @@
+"""Whole copies of modules that may be sharded or wrapped: for previews and exports, with averaged weights or live ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+State = dict[str, Tensor]
+
+
+class Template:
+    """A module without its numbers, taken before anything is wrapped around its parts."""
+
+    def __init__(self, module: nn.Module) -> None:
+        tensors = [*module.parameters(), *module.buffers()]
+        memo: dict[int, Any] = {id(value): _empty(value) for value in tensors}
+        self.module = deepcopy(module, memo).requires_grad_(False).eval()
+
+    def filled(self, state: Mapping[str, Tensor]) -> Any:
+        """A module in eval mode with these numbers, which it owns."""
+        module = deepcopy(self.module)
+        module.load_state_dict({name: value.detach().clone() for name, value in state.items()}, strict=True, assign=True)
+        return module.requires_grad_(False).eval()
+
+
+def named(module: nn.Module) -> State:
+    """Parameters and buffers that are saved, by the names they have without wrappers; the tensors themselves."""
+    found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    own = {name.replace(_CHECKPOINT_PREFIX, ""): value for name, value in found.items()}
+    return {name: own[name] for name in module.state_dict()}
+
+
+@torch.no_grad()
+def fill(state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into a state, sharded or not; KeyError or RuntimeError where one is missing or of another shape."""
+    if odd := state.keys() ^ values.keys():
+        raise KeyError(f"tensor '{min(odd)}' is on one side only")
+    for name, own in state.items():
+        if own.shape != values[name].shape:
+            raise RuntimeError(f"'{name}' is {list(values[name].shape)}, expected {list(own.shape)}")
+        own.copy_(distributed(values[name], own))
+
+
+def distributed(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as another is: sharded over the same processes, or on the same device."""
+    value = value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
+
+
+def whole(state: Mapping[str, Tensor]) -> State:
+    """The same with every sharded tensor gathered; all processes have to call it."""
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What a process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _empty(value: Tensor) -> Tensor:
+    empty = torch.empty_like(value, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty
