@@ -1,0 +1,39 @@
+"""What the processes of a run tell each other besides tensors: small Python objects, over a group of their own.
+
+The group is gloo's, so that a checkpoint can be written in the background while training uses the GPUs' group.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among those of the run; alone where there is no process group.
+
+    Making one is collective: all processes make theirs, in the same order.
+    """
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if together else None
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank, on every process."""
+        if self.group is None:
+            return [value]
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def first(self, value: T) -> T:
+        """The value of rank 0, on every process."""
+        given = [value]
+        if self.group is not None:
+            dist.broadcast_object_list(given, src=0, group=self.group)
+        return given[0]
