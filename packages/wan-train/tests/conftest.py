@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from wan_vae.config import VAEConfig
 from wan_vae.model import WanVAE
 
 Recipe = Callable[..., TrainConfig]
+sys.path.insert(0, str(Path(__file__).parent / "processes"))  # what other processes of the tests import
 
 RUN = """
 name = "micro"

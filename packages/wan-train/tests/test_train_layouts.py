@@ -1,0 +1,185 @@
+"""Every parallel layout computes the same training: losses and gradients of 20 steps against one process, and planted bugs found."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from layout_tasks import run, train
+from wan_dit.config import DiTConfig
+from wan_dit.model import WanDiT
+from wan_train.config import ParallelConfig
+from wan_train.layout import Layout
+from wan_train.order import Order
+
+pytestmark = pytest.mark.xdist_group("distributed")
+SECONDS, TOLERANCE, STEPS = 180, 1e-5, 20
+RECIPE = """
+name = "layouts"
+output = "{folder}/run"
+steps = 20
+batch_size = 8
+ema = 0.9
+threads = 1
+preview_every = 0
+save_every = 0
+
+[data]
+name = "shapes"
+settings = {{frames = 9, size = [32, 48], length = 24}}
+
+[optimiser]
+name = "adamw"
+lr = 1e-3
+
+[objective]
+name = "rectified-flow"
+
+[objective.settings]
+backbone = "{folder}/backbone"
+vae = "{vae}"
+init = "pretrained"
+train_text_encoder = {text}
+clips = 24
+"""
+Group = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, micro_vae: Path) -> Path:
+    """Recipes that start from a backbone in which no tensor is zero: a zero head would hide every bug of the body at first."""
+    folder = tmp_path_factory.mktemp("layouts")
+    config = DiTConfig(
+        dim=48, ffn_dim=64, freq_dim=32, text_dim=96, text_len=32, num_heads=4, num_layers=2, in_dim=4, out_dim=4,
+        latent_space="tiny-1", embedding_space="tiny-1",
+    )  # fmt: skip
+    model, generator = WanDiT(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    model.save_pretrained(folder / "backbone")
+    for name, text in (("frozen", "false"), ("text", "true")):
+        (folder / f"{name}.toml").write_text(RECIPE.format(folder=folder, vae=micro_vae, text=text))
+    return folder
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Group:
+    """`group(size, task, *arguments)`: the answers of so many processes, by rank."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "wan_train.trainer"])
+
+    def start(size: int, task: Callable[..., Any], *given: Any) -> list[Any]:
+        out = context.Queue()
+        arguments = [(task, rank, size, str(tmp_path / "store"), given, out) for rank in range(size)]
+        processes = [context.Process(target=run, args=each) for each in arguments]
+        for process in processes:
+            process.start()
+        try:
+            answers = [answer for _, answer in sorted((out.get(timeout=SECONDS) for _ in processes), key=lambda given: given[0])]
+        finally:
+            for process in processes:
+                process.join(timeout=10)
+                if process.is_alive():
+                    process.kill()
+        assert not (failed := [answer for answer in answers if isinstance(answer, str)]), "\n".join(failed)
+        return answers
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, dict[str, Any]]:
+    """What one process computes."""
+    return {name: train(str(folder / f"{name}.toml"), [], STEPS) for name in ("frozen", "text")}
+
+
+def apart(answer: dict[str, Any], alone: dict[str, Any]) -> tuple[float, float]:
+    """Largest differences of a loss, and of a gradient over max(1, largest gradient)."""
+    losses = max(abs(a - b) for a, b in zip(answer["losses"], alone["losses"], strict=False))
+    worst = 0.0
+    for step, expected in alone["gradients"].items():
+        if step in answer["gradients"]:
+            found = answer["gradients"][step]
+            assert found.keys() == expected.keys()
+            worst = max(
+                worst, *(float(np.abs(found[name] - value).max() / max(1.0, np.abs(value).max())) for name, value in expected.items())
+            )
+    return losses, worst
+
+
+LAYOUTS = {
+    "DP4": (4, []),
+    "FSDP4": (4, ["parallel.fsdp=4"]),
+    "HSDP 2x2": (4, ["parallel.fsdp=2"]),
+    "Ulysses4": (4, ["parallel.ulysses=4"]),
+    "Ring4": (4, ["parallel.ring=4"]),
+    "U2 x R2": (4, ["parallel.ulysses=2", "parallel.ring=2"]),
+    "FSDP4 over U2 x DP2": (4, ["parallel.fsdp=4", "parallel.ulysses=2"]),
+    "FSDP2 in U2 x DP2": (4, ["parallel.fsdp=2", "parallel.ulysses=2"]),
+    "DP3": (3, []),
+    "accumulation": (1, ["micro_batch=1"]),
+    "accumulation, FSDP2": (2, ["parallel.fsdp=2", "micro_batch=3"]),
+    "recompute": (1, ["memory.policy=recompute"]),
+    "offload": (1, ["memory.policy=offload"]),
+    "a policy a block, FSDP2 x U2": (4, ["parallel.fsdp=4", "parallel.ulysses=2", "memory.policy=['recompute', 'offload']"]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_computes_what_one_process_does(group: Group, folder: Path, alone: dict[str, Any], name: str) -> None:
+    size, overrides = LAYOUTS[name]
+    answers = group(size, train, str(folder / "frozen.toml"), overrides, STEPS)
+    losses, gradients = zip(*(apart(answer, alone["frozen"]) for answer in answers), strict=True)
+    assert max(losses) <= TOLERANCE
+    assert max(gradients) <= TOLERANCE
+    if name in ("recompute", "offload"):
+        assert max(losses) == max(gradients) == 0, "the same sums in the same order"
+
+
+@pytest.mark.parametrize("name", ["DP4", "FSDP4 over U2 x DP2", "U2 x R2"])
+def test_a_text_encoder_that_is_trained_too(group: Group, folder: Path, alone: dict[str, Any], name: str) -> None:
+    size, overrides = LAYOUTS[name]
+    answers = group(size, train, str(folder / "text.toml"), overrides, 5)
+    expected = {**alone["text"], "gradients": {0: alone["text"]["gradients"][0]}}
+    losses, gradients = zip(*(apart(answer, expected) for answer in answers), strict=True)
+    assert max(losses) <= TOLERANCE
+    assert max(gradients) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("plant", "name"),
+    [("no all-reduce", "DP4"), ("wrong merge", "Ring4"), ("rank order", "Ulysses4"), ("rank order", "U2 x R2"), ("samples by rank", "U2")],
+)
+def test_a_planted_bug_is_found_by_losses_and_by_gradients(
+    group: Group, folder: Path, alone: dict[str, Any], plant: str, name: str
+) -> None:
+    size, overrides = LAYOUTS.get(name, (4, ["parallel.ulysses=2"]))
+    answers = group(size, train, str(folder / "frozen.toml"), overrides, 5, plant)
+    expected = {**alone["frozen"], "gradients": {0: alone["frozen"]["gradients"][0]}}
+    losses, gradients = zip(*(apart(answer, expected) for answer in answers), strict=True)
+    assert max(losses) > 10 * TOLERANCE
+    assert max(gradients) > 10 * TOLERANCE
+
+
+def test_degrees_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 processes do not divide by ring 1 x ulysses 2 = 2"):
+        Layout(ParallelConfig(ulysses=2))
+    with pytest.raises(ValueError, match="1 processes do not divide by fsdp 4"):
+        Layout(ParallelConfig(fsdp=4))
+
+
+def test_an_epoch_has_every_sample_once_and_the_next_is_another() -> None:
+    order = Order(7, seed=3)
+    first, second = order.take(0, 7), order.take(7, 7)
+    assert sorted(first) == sorted(second) == list(range(7))
+    assert first != second
+    assert order.take(5, 4) == [*first[5:], *second[:2]], "a step may reach into the next epoch"
+    assert Order(7, seed=4).take(0, 7) != first
