@@ -17,4 +17,7 @@ def wan_objectives() -> list[ObjectiveSpec]:
 
 @hookimpl
 def wan_datasets() -> list[DatasetSpec]:
-    return [DatasetSpec("shapes", "wan_train.data.shapes:Shapes", summary="rendered moving shapes with captions")]
+    return [
+        DatasetSpec("shapes", "wan_train.data.shapes:Shapes", summary="rendered moving shapes with captions"),
+        DatasetSpec("folder", "wan_train.data.folder:Folder", summary="films and pictures of a folder, with captions beside them"),
+    ]

@@ -1,0 +1,165 @@
+"""The data set `folder`: the films and pictures that people have, with their captions, as clips of one rate."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from . import film
+from .buckets import Bucket, Info
+from .file_index import FileIndex, Media
+from .scan import Clip, Cut, OnProblem, Scan, scan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+READER = "wan-train folder/1"  # another number where the same settings read other pixels
+
+
+class Folder:
+    """Clips of a folder or listing; satisfies `wan_train.contracts.Dataset`.
+
+    path: a folder, its subfolders included, or a listing (.jsonl, .csv, .json)
+    fps, frames, min_frames, overlap: how films are cut, see `Cut`; rates are met by time, so films of any rate keep their speed
+    size: (height, width) of `video`; `clip` takes any bucket
+    captions: `required`, or `optional`, where a sample without one has the empty caption
+    min_side: pixels that the shorter side of a sample must have
+    holdout: files that are not trained on; their samples stand at indices from `len` on
+    on_problem: `strict` raises ValueError that lists all problems of the folder; `skip` leaves those files out, with a warning
+    index: an SQLite file that keeps what was found in the files, by path, time of change and size; one of the user's cache if empty
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        fps: float = 16,
+        frames: int = 81,
+        min_frames: int = 0,
+        overlap: int = 0,
+        size: Sequence[int] = (),
+        captions: Literal["required", "optional"] = "required",
+        min_side: int = 0,
+        holdout: int = 0,
+        on_problem: OnProblem = "strict",
+        index: str | Path = "",
+    ) -> None:
+        if captions not in ("required", "optional"):
+            raise ValueError(f"captions is {captions!r}, expected 'required' or 'optional'")
+        if size and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"size is (height, width), got {list(size)}")
+        self.path, self.size, self.on_problem = Path(path).expanduser(), tuple(size), on_problem
+        self.cut = Cut(Fraction(fps).limit_denominator(100_000), frames, min_frames, overlap)
+        self.index = FileIndex(Path(index) if index else None)
+        self._needed, self._min_side, self._holdout = captions == "required", min_side, holdout
+        clips = self.scan().settle(on_problem, self.path)
+        held = _held_out({clip.file for clip in clips}, holdout)
+        self.clips = [clip for clip in clips if clip.file not in held]
+        self.held_out = [clip for clip in clips if clip.file in held]
+        if not self.clips:
+            raise ValueError(f"holdout = {holdout} leaves no file of '{self.path}' to train on")
+
+    def scan(self) -> Scan:
+        """The folder as it is now, with all problems."""
+        return scan(self.path, self.cut, captions=self._needed, min_side=self._min_side, index=self.index)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Clip:
+        """A sample; those that are held out follow, from index `len` on, and then all from the start again."""
+        if index < 0:
+            raise IndexError(f"samples count from 0, got {index}")
+        every = len(self.clips) + len(self.held_out)
+        place = index % every
+        return self.clips[place] if place < len(self.clips) else self.held_out[place - len(self.clips)]
+
+    def info(self, index: int) -> Info:
+        """Frames at the data set's rate, size in square pixels, and the rate."""
+        return self[index].info
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of a sample."""
+        return list(self[index].captions) or [""]
+
+    def clip(self, index: int, bucket: Bucket) -> Tensor:
+        """`[3, T, H, W]` float32 in [-1, 1]: the first frames of a sample, scaled to cover the bucket, its middle.
+
+        Raises ValueError where the sample is shorter than the bucket, or damaged.
+        """
+        import torch
+
+        clip = self[index]
+        if clip.frames < bucket.frames:
+            raise ValueError(f"'{clip.file}' has {clip.frames} frames from {clip.start} on, the bucket {bucket} asks for {bucket.frames}")
+        video = torch.empty(bucket.frames, bucket.height, bucket.width, 3, dtype=torch.uint8)
+        fitted: tuple[Any, Any] = (None, None)
+        for i, pixels in enumerate(_frames(clip, bucket.frames, self.cut.fps)):
+            if pixels is not fitted[0]:  # a frame that is shown longer is scaled once
+                fitted = pixels, torch.from_numpy(_fit(pixels, clip.media, bucket))
+            video[i] = fitted[1]
+        return video.permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
+
+    def video(self, indices: Iterable[int]) -> Tensor:
+        """Clips `[N, 3, frames, height, width]` of the data set's own `frames` and `size`."""
+        import torch
+
+        if not self.size:
+            raise ValueError("clips of one shape need the setting size = [height, width] of the data set 'folder'")
+        bucket = Bucket(self.cut.frames, self.size[0], self.size[1])
+        return torch.stack([self.clip(index, bucket) for index in indices])
+
+    def key(self) -> str:
+        """What a cache of all samples depends on: the settings, and the files by name, time of change and size."""
+        digest = hashlib.sha256(repr((READER, self.cut, self.size, self._needed, self._min_side, self._holdout)).encode())
+        for clip in self.clips:
+            stat = clip.file.stat()
+            digest.update(repr((str(clip.file), stat.st_mtime_ns, stat.st_size, clip.start, clip.frames, clip.captions)).encode())
+        return f"folder/1 {digest.hexdigest()}"
+
+    def identity(self, index: int) -> str:
+        """What the pixels of a sample depend on: the bytes of its file, wherever it is, and which of its frames are read."""
+        clip = self[index]
+        return f"{READER} {self.index.sha256(clip.file)} {clip.start} {self.cut.fps if clip.media.film else 'picture'}"
+
+    def evaluation_prompts(self, n: int) -> list[str]:
+        """The first captions of samples, those that are held out first."""
+        return [self.captions(len(self) + i)[0] for i in range(n)]
+
+    def evaluate(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        """Nothing: what a clip should show is not known here."""
+        return {}
+
+
+def _held_out(files: set[Path], count: int) -> set[Path]:
+    """`count` files, chosen by their names alone, so that new ones change little."""
+    if count < 0:
+        raise ValueError(f"holdout is a number of files, 0 or more, got {count}")
+    return set(sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())[:count])
+
+
+def _frames(clip: Clip, frames: int, fps: Fraction) -> Iterable[film.Pixels]:
+    if clip.media.film is not None:
+        return film.read(clip.file, clip.media.film, clip.start / fps, frames, fps)
+    from wan_dit.images import read_image
+
+    return [np.asarray(read_image(clip.file))]
+
+
+def _fit(pixels: film.Pixels, media: Media, bucket: Bucket) -> film.Pixels:
+    """Scaled to cover the bucket, pixels made square, and its middle."""
+    from PIL import Image
+
+    width, height = media.width, media.height
+    scale = max(bucket.width / width, bucket.height / height)
+    # the part of the stored picture that is seen, in its own pixels, which need not be square
+    stored_height, stored_width = pixels.shape[:2]
+    seen_width, seen_height = bucket.width / scale * stored_width / width, bucket.height / scale * stored_height / height
+    left, top = (stored_width - seen_width) / 2, (stored_height - seen_height) / 2
+    box = (max(0.0, left), max(0.0, top), min(stored_width, left + seen_width), min(stored_height, top + seen_height))
+    return np.array(Image.fromarray(pixels).resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box))

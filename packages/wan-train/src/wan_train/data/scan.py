@@ -1,0 +1,173 @@
+"""What is in a folder of clips: the samples in it, and every problem with it, all at once. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+from .buckets import Info
+from .file_index import FILMS, PICTURES, FileIndex, Media
+from .sidecars import LISTINGS, Listing, is_listing, read_listing, read_sidecar
+
+OnProblem = Literal["strict", "skip"]
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How films become samples.
+
+    fps: frames a second that samples have, taken by time
+    frames: of a sample; longer films are cut into as many as they hold, `overlap` frames of each shared with the next
+    min_frames: a film, or what is left at the end of one, that is shorter is no sample; 0 asks for all `frames`
+    """
+
+    fps: Fraction
+    frames: int
+    min_frames: int = 0
+    overlap: int = 0
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0 or self.frames < 1 or not 0 <= self.overlap < self.frames or not 0 <= self.min_frames <= self.frames:
+            raise ValueError(
+                f"fps and frames must be positive, overlap and min_frames less than frames: "
+                f"got fps {float(self.fps):g}, frames {self.frames}, overlap {self.overlap}, min_frames {self.min_frames}"
+            )
+
+    @property
+    def shortest(self) -> int:
+        return self.min_frames or self.frames
+
+    def of(self, count: int) -> list[tuple[int, int]]:
+        """(first frame, frames) of each sample in a film of `count` frames at `fps`."""
+        stride = self.frames - self.overlap
+        parts = [(start, min(self.frames, count - start)) for start in range(0, count, stride)]
+        return [(start, length) for start, length in parts if length >= self.shortest and (not start or length > self.overlap)]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A sample: `frames` frames of a film from frame `start` on, counted at the sample's rate; or a picture."""
+
+    file: Path
+    media: Media
+    captions: tuple[str, ...]
+    start: int
+    frames: int
+    fps: float
+
+    @property
+    def info(self) -> Info:
+        return Info(self.frames, self.media.height, self.media.width, self.fps)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """kind: `caption`, `unreadable`, `short`, `small`, `missing` (a file that a listing names) or `listing`."""
+
+    file: str
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The samples of a folder in the order of their names, and what is wrong with it."""
+
+    clips: list[Clip]
+    problems: list[Problem]
+
+    def settle(self, on_problem: OnProblem, source: Path) -> list[Clip]:
+        """The samples. Where there are problems: ValueError that lists them for `strict`, a warning that counts them for `skip`."""
+        if on_problem not in ("strict", "skip"):
+            raise ValueError(f"on_problem is {on_problem!r}, expected 'strict' or 'skip'")
+        if self.problems and on_problem == "strict":
+            lines = [f"{problem.file}: {problem.message}" for problem in self.problems[:_SHOWN]]
+            more = [f"and {len(self.problems) - _SHOWN} more"] if len(self.problems) > _SHOWN else []
+            raise ValueError(
+                f"'{source}' has {len(self.problems)} problems (on_problem = 'skip' leaves these out; "
+                f"wan-train validate lists all): {'; '.join(lines + more)}"
+            )
+        if self.problems:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(problem.kind for problem in self.problems).items()))
+            warnings.warn(f"'{source}': {len(self.problems)} files or lines are left out: {kinds}", RuntimeWarning, stacklevel=3)
+        if not self.clips:
+            raise ValueError(f"'{source}' has no sample: it needs {', '.join((*PICTURES, *FILMS))} with captions")
+        return self.clips
+
+
+def scan(source: Path, cut: Cut, *, captions: bool = True, min_side: int = 0, index: FileIndex | None = None) -> Scan:
+    """The samples in a folder, its subfolders included, or of a listing.
+
+    captions: whether a sample must have one; min_side: pixels that the shorter side must have
+    Raises FileNotFoundError where there is no such folder or listing.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"no folder or listing at '{source}'")
+    if source.is_file() and not is_listing(source):
+        raise ValueError(f"'{source}' is no folder and no listing (.jsonl, .csv or .json)")
+    root = source if source.is_dir() else source.parent
+    listing, files = _listed(source)
+    problems = [Problem(_name(path, root), "listing", message) for path, message in listing.problems]
+    looked = (index or FileIndex()).media(files)
+    clips: list[Clip] = []
+    for file, media in zip(files, looked, strict=True):
+        found = _clips(file, media, listing, cut, captions, min_side)
+        if isinstance(found, list):
+            clips += found
+        else:
+            problems.append(Problem(_name(file, root), *found))
+    return Scan(clips, problems)
+
+
+def _listed(source: Path) -> tuple[Listing, list[Path]]:
+    """What listings say, and all files that are in the folder or listed, each once."""
+    everything = sorted(_walk(source)) if source.is_dir() else [source]
+    merged, media = Listing(), [] if source.is_file() else [path for path in everything if path.suffix.lower() in (*PICTURES, *FILMS)]
+    for path in everything:
+        if path.name in LISTINGS or path == source:
+            found = read_listing(path)
+            merged.problems += found.problems
+            for file, captions in found.captions.items():
+                merged.captions.setdefault(file, []).extend(captions)
+    return merged, sorted({*media, *merged.captions})
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place) / name for name in names if not name.startswith("."))
+
+
+def _clips(file: Path, media: Media | Exception, listing: Listing, cut: Cut, needed: bool, min_side: int) -> list[Clip] | tuple[str, str]:
+    """The samples of a file, or the kind of its problem and what it is."""
+    if isinstance(media, FileNotFoundError):
+        return "missing", "a listing names it, and it is not there"
+    if isinstance(media, Exception):
+        return "unreadable", str(media)
+    try:
+        captions = tuple(listing.captions.get(file) or read_sidecar(file))
+    except ValueError as error:
+        return "caption", f"its captions cannot be read: {error}"
+    if needed and not captions:
+        return "caption", f"it has no caption: write {file.stem}.txt beside it, or a line of {LISTINGS[0]}"
+    if min(media.height, media.width) < min_side:
+        return "small", f"it is {media.width}x{media.height}, and the shorter side must have {min_side} pixels"
+    if media.film is None:
+        return [Clip(file, media, captions, 0, 1, 0.0)]
+    count = media.film.frames(cut.fps)
+    parts = cut.of(count)
+    if not parts:
+        rate = f"{count} frames at {float(cut.fps):g} a second ({float(media.film.seconds):.2f} s)"
+        return "short", f"it has {rate}, {cut.shortest} are needed"
+    return [Clip(file, media, captions, start, frames, float(cut.fps)) for start, frames in parts]
+
+
+def _name(file: Path, root: Path) -> str:
+    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
