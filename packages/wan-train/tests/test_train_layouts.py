@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,3 +187,27 @@ def test_an_epoch_has_every_sample_once_and_the_next_is_another() -> None:
     assert first != second
     assert order.take(5, 4) == [*first[5:], *second[:2]], "a step may reach into the next epoch"
     assert Order(7, seed=4).take(0, 7) != first
+
+
+def test_the_command_trains_with_processes_and_takes_the_run_up_with_another_number(folder: Path, tmp_path: Path) -> None:
+    def wan_train(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "wan_train", *words]
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=SECONDS
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    recipe, base = str(folder / "frozen.toml"), ["save_every=2", "log_every=1", "preview_every=4", "objective.settings.preview_prompts=2"]
+    short = [*base, "objective.settings.preview_steps=1"]
+    done = wan_train("run", recipe, "--nproc", "2", *short, "steps=2", f"output={tmp_path / 'run'}", "parallel.fsdp=2")
+    assert done.stdout.count("trained parts: ") == 1, "one process reports"
+    wan_train("resume", str(tmp_path / "run"), "steps=4", "parallel.fsdp=1", "parallel.ulysses=2", "--nproc=2")
+    wan_train("run", recipe, *short, "steps=4", f"output={tmp_path / 'alone'}")
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines() if "loss" in json.loads(line)]
+        for name in ("run", "alone")
+    ]
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], abs=TOLERANCE)
+    assert (tmp_path / "run" / "export" / "backbone" / "model.safetensors").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from wan_dit._shared.files import read_json
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -113,9 +114,21 @@ class TrainConfig(_Section):
             values = tomllib.loads(path.read_text())
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"'{path}' is not TOML: {error}") from error
+        return cls._changed(values, overrides, str(path))
+
+    @classmethod
+    def of_run(cls, folder: Path, overrides: list[str] | None = None) -> TrainConfig:
+        """The settings of a run, from the `config.json` in its folder; FileNotFoundError or ValueError where there is none."""
+        path = folder / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"'{folder}' holds no run: give the output folder of one")
+        return cls._changed(read_json(path), overrides, str(path))
+
+    @classmethod
+    def _changed(cls, values: dict[str, Any], overrides: list[str] | None, source: str) -> TrainConfig:
         for override in overrides or []:
             _override(values, override)
-        return read_settings(cls, values, str(path))
+        return read_settings(cls, values, source)
 
 
 def read_settings(kind: type[Settings], values: dict[str, Any], source: str) -> Settings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -94,4 +94,4 @@ def planted(name: str) -> Any:
                 self.data_rank = self.rank % self.data_ranks
 
         return patch("wan_train.trainer.Layout", Mixed)
-    return suppress()
+    return nullcontext()
