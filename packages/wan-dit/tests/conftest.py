@@ -77,3 +77,19 @@ class Recorder:
 def recorder() -> Recorder:
     """The built-in backbone, recorded."""
     return Recorder()
+
+
+@pytest.fixture
+def lora_file() -> Callable[..., Path]:
+    """Writes a LoRA of the built-in model in the names of ComfyUI: `lora_file(path, scale=0.3)`."""
+    import torch
+    from safetensors.torch import save_file
+    from wan_dit.config import TINY
+
+    def write(path: Path, scale: float = 0.3) -> Path:
+        generator, name = torch.Generator().manual_seed(0), "diffusion_model.blocks.5.self_attn.o"
+        down, up = torch.randn(2, TINY.dim, generator=generator), torch.randn(TINY.dim, 2, generator=generator) * scale
+        save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, path)
+        return path
+
+    return write
