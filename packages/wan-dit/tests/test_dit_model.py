@@ -263,3 +263,10 @@ def test_strict_precision_moves_the_result_by_its_last_digits() -> None:
         model.precision = "strict"
         strict = model(latents, torch.tensor([900.0]), context)
     assert 0 < (strict - official).abs().max() < 1e-4
+
+
+def test_hints_have_a_strength_each() -> None:
+    model = WanDiT(TINY.model_copy(update={"vace_layers": (0, 3), "vace_in_dim": 8}))
+    for scale in ((1.0,), (1.0, 0.5, 0.2)):
+        with pytest.raises(ValueError, match=rf"vace_scale has {len(scale)} numbers, the backbone 2 VACE blocks"):
+            model.encode_context([torch.randn(5, 96)], Conditioning(vace_scale=scale))

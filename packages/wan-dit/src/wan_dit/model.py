@@ -208,6 +208,9 @@ class WanDiT(Pretrained):
                     f"context is {tuple(tokens.shape)}, expected [L, {config.text_dim}] with L <= {config.text_len}: "
                     f"encode the prompt with a text encoder of embedding space '{config.embedding_space}', cut to {config.text_len} tokens"
                 )
+        scale = 1.0 if conditioning is None else conditioning.vace_scale
+        if isinstance(scale, tuple) and len(scale) != len(config.vace_layers):
+            raise ValueError(f"vace_scale has {len(scale)} numbers, the backbone {len(config.vace_layers)} VACE blocks: give one for each")
         lengths = [len(tokens) for tokens in text]
         # log(n / m) in bf16 would be off by up to 1.6 %: there all pad rows are kept and no bias is needed
         rows = min(max(lengths) + 1, config.text_len) if computes_in_fp32(weight) else config.text_len
