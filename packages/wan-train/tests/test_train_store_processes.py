@@ -9,14 +9,19 @@ import random
 import re
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from store_tasks import damaged, full_disk, health, killable, overtaken, refused, run, stretch, until_asked
+import torch
+from store_tasks import damaged, full_disk, health, killable, overtaken, refused, run, stretch, until_asked, write_until_killed
+from wan_train.store import Store
+from wan_train.store.failpoints import POINTS
 from wan_train.store.manifest import folder_name
 
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -78,7 +83,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes(group: Group, tmp_path: P
     alone = group(1, stretch, kind, str(tmp_path / "alone"), 12)[0]
     parts = [group(size, stretch, kind, str(tmp_path / "parts"), 3, seed)[0] for seed, size in enumerate((4, 2, 3, 1))]
     assert [part["resumed"] for part in parts] == [None, 3, 6, 9]
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in pairwise(parts):
         assert same_bits(before["end"], after["loaded"]), "values are equal after resharding"
     assert np.allclose([loss for part in parts for loss in part["losses"]], alone["losses"], rtol=0, atol=1e-5)
     manifest = json.loads((tmp_path / "parts" / folder_name(9) / "manifest.json").read_text())
@@ -119,7 +124,7 @@ def test_a_full_disk_is_warned_of_and_the_run_goes_on(group: Group, tmp_path: Pa
         assert left == [".lock", folder_name(1), folder_name(3)]
     told = [line for line in answers[0][1] if "step" in line]
     assert len(told) == 1
-    assert re.search(r"checkpoint of step 2 could not be written \(.*\); the run goes on, the last one is of step 1", told[0])
+    assert re.search(r"checkpoint of step 2 could not be written \(.*\); the last one is of step 1", told[0])
     assert not [line for line in answers[-1][1] if "step" in line] or size == 1, "rank 0 tells"
 
 
@@ -145,6 +150,21 @@ def test_a_signal_to_one_process_ends_all_at_one_step_with_their_work_saved(grou
     assert (tmp_path / "run" / folder_name(answers[0][1]) / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_every_failpoint_leaves_the_one_before_or_the_new_one(tmp_path: Path, point: str) -> None:
+    with started(tmp_path / "rendezvous", 1, write_until_killed, str(tmp_path / "run"), f"{point}:2") as ([process], _):
+        process.join(timeout=SECONDS)
+        assert process.exitcode == -signal.SIGKILL
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what was not finished
+        with Store(tmp_path / "run") as store:
+            found = store.latest()
+            assert found == (2 if point == "renamed" else 1)
+            store.load(found, into := {"weight": torch.zeros(64, 64)})
+    assert bool((into["weight"] == found).all())
+    assert [path.name for path in (tmp_path / "run").iterdir() if "tmp" in path.name] == []
+
+
 def test_failpoints_and_kills_at_random_moments_lose_an_interval_at_most(group: Group, tmp_path: Path) -> None:
     survive(group, tmp_path, kills=1, points=["shard", "manifest", "renamed"])
 
@@ -162,8 +182,8 @@ def survive(group: Group, folder: Path, kills: int, points: list[str], size: int
     for moment in moments:
         seen = len(events(report))
         point = {draw.randrange(size) if moment in ("staged", "shard", "shards", "written") else 0: f"{moment}:2"} if moment else {}
-        with started(folder / "rendezvous", size, killable, str(folder / "run"), str(report), every, 10**6, point) as (processes, out):
-            wait_for(report, lambda: len(events(report)) > seen + 1)
+        with started(folder / "rendezvous", size, killable, str(folder / "run"), str(report), every, 10**6, point) as (processes, _):
+            wait_for(report, seen + 2)
             if moment is None:
                 time.sleep(draw.uniform(0, 0.6))
                 processes[draw.randrange(size)].kill()
@@ -201,11 +221,11 @@ def events(report: Path) -> list[tuple[str, int | None]]:
     return found
 
 
-def wait_for(path: Path, ready: Callable[[], bool] | None = None) -> str:
-    """The text of a file, when it is there and `ready`."""
+def wait_for(path: Path, lines: int = 0) -> str:
+    """The text of a file, when it is there and has so many events."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
-        if path.exists() and path.read_text() and (ready is None or ready()):
+        if path.exists() and path.read_text() and (not lines or len(events(path)) >= lines):
             return path.read_text()
         time.sleep(0.01)
     raise AssertionError(f"'{path.name}' did not come")

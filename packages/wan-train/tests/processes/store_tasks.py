@@ -196,6 +196,14 @@ def full_disk(folder: str, failing: int) -> tuple[list[bool], list[str], list[st
     return outcomes, [str(warning.message) for warning in told], sorted(path.name for path in Path(folder).iterdir())
 
 
+def write_until_killed(folder: str, failpoint: str) -> None:
+    """Three saves of what tells its step."""
+    os.environ["WAN_TRAIN_FAILPOINT"] = failpoint
+    with Store(folder) as store:
+        for step in (1, 2, 3):
+            store.save(step, {"weight": torch.full((64, 64), float(step))})
+
+
 def health(losses: list[float]) -> dict[str, Any]:
     """Verdicts where only the last process sees the bad figures, and figures over all processes."""
     rank, ranks, guard = dist.get_rank(), Ranks(), Guard()
@@ -222,7 +230,7 @@ def until_asked(folder: str, report: str) -> tuple[int, int]:
 
 def killable(folder: str, report: str, every: int, last: int, failpoints: dict[int, str]) -> dict[str, Any]:
     """Train up to `last`, save every so many steps in the background, and write down each event where a killed process leaves it."""
-    training = Training("mlp", seed=len(Path(report).read_text().splitlines()) if Path(report).exists() else 0)
+    training = Training("mlp", seed=1)
     if point := failpoints.get(training.rank):
         os.environ["WAN_TRAIN_FAILPOINT"] = point
 
@@ -232,7 +240,9 @@ def killable(folder: str, report: str, every: int, last: int, failpoints: dict[i
                 log.write(json.dumps([event, step]) + "\n")
 
     with Store(folder, keep=2) as store:
-        tell("resumed", training.resume(store))
+        tell("resumed", found := training.resume(store))
+        if found is None:
+            training = Training("mlp")
         while training.done < last:
             training.step()
             time.sleep(0.002)

@@ -37,7 +37,7 @@ class Limits:
 
     window: int = 128
     start: int = 32
-    spike: float = 10.0
+    spike: float = 20.0
     floor: float = 0.02
     skips: int = 3
     rollbacks: int = 2

@@ -54,8 +54,8 @@ def _optimiser_state(optimiser: Optimizer, names: Mapping[int, str]) -> dict[str
     if not optimiser.state:
         _initialise(optimiser)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    if unknown := next((value for value in parameters if id(value) not in names), None):
-        raise ValueError(f"an optimiser holds a tensor {list(unknown.shape)} that is of none of the modules: its state would have no name")
+    if unknown := [list(value.shape) for value in parameters if id(value) not in names]:
+        raise ValueError(f"an optimiser holds a tensor {unknown[0]} that is of none of the modules: its state would have no name")
     held = [parameter for parameter in parameters if parameter in optimiser.state]
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimiser.param_groups]
     return {"state": {names[id(value)]: dict(optimiser.state[value]) for value in held}, "groups": groups}

@@ -9,14 +9,15 @@ import warnings
 from collections.abc import Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from wan_dit._shared.files import read_json
 
+from .. import __version__
 from . import shards
 from .complete import newest_complete, verify
 from .durable import sync_and_digest, sync_folder, write_durably
@@ -91,7 +92,7 @@ class Store:
             return True
         if self.ranks.rank == 0:
             last = "none was saved before" if self.saved is None else f"the last one is of step {self.saved}"
-            warnings.warn(f"the checkpoint of step {step} could not be written ({problem}); the run goes on, {last}", stacklevel=2)
+            warnings.warn(f"the checkpoint of step {step} could not be written ({problem}); {last}", stacklevel=2)
         return False
 
     def latest(self, before: int | None = None) -> int | None:
@@ -173,8 +174,8 @@ class Store:
             if self.ranks.rank == 0:
                 problem = self._publish(step, folder, [records for _, records in answers], problem)
             return self.ranks.first(problem)
-        except RuntimeError as error:  # a process is gone, and with it the group
-            return _told(error)
+        except RuntimeError:  # by the group, which ends with any of its processes
+            return "another process of the run ended"
 
     def _records(self, folder: Path, values: str, rng: str) -> Records:
         """Write what is not DCP's, force all files of this process to the disk, and take their sizes and checksums."""
@@ -195,7 +196,7 @@ class Store:
         try:
             if problem is None:
                 self._name(step, folder, {name: file for each in records for name, file in each.items()})
-        except OSError as error:
+        except Exception as error:  # the other processes wait for what became of it
             problem = _told(error)
         if problem is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -214,7 +215,7 @@ class Store:
             world_size=self.ranks.size,
             layout=self.layout,
             files=files,
-            versions={name: version(name) for name in ("torch", "wan-train")},
+            versions={"torch": torch.__version__, "wan-train": __version__},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         write_durably(folder / NAME, json.dumps(to_json(manifest), indent=2) + "\n")
