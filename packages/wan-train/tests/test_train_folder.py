@@ -176,14 +176,15 @@ def test_a_film_cut_in_its_middle_is_found_by_the_scan(root: Path, real: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fps": 0}, "positive"),
-        ({"frames": 0}, "positive"),
+        ({"fps": 0}, "fps: .*greater than 0"),
+        ({"frames": 0}, "frames: .*greater than 0"),
         ({"overlap": 5}, "overlap"),
         ({"min_frames": 6}, "min_frames"),
-        ({"captions": "none"}, "'required' or 'optional'"),
-        ({"size": [16]}, "height, width"),
+        ({"captions": "none"}, "captions: .*'required' or 'optional'"),
+        ({"size": [16]}, "size"),
         ({"on_problem": "ignore"}, "'strict' or 'skip'"),
-        ({"holdout": -1}, "0 or more"),
+        ({"ftps": 16}, "ftps"),
+        ({"holdout": -1}, "holdout: .*greater than or equal to 0"),
         ({"holdout": 1}, "leaves no file"),
     ],
 )

@@ -8,21 +8,18 @@ from collections.abc import Sequence
 
 from wan_dit._shared.cli import Parser, add_common, run, show
 
+from . import run_command
+from .cache_command import add_cache
+from .plan_command import add_plan
+from .store.export import add_export
+from .validate_command import add_validate
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = Parser("wan-train", description="Train and evaluate Wan video models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser(
-        "run", help="run a recipe", description="Run a recipe, e.g. wan-train run tiny-vae steps=100 optimiser.lr=1e-3"
-    )
-    train.add_argument("recipe", help="a .toml file, or the name of a recipe in the package")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to change, with dotted names")
-    again = train.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="take up the run in the recipe's output folder")
-    again.add_argument("--overwrite", action="store_true", help="begin anew over the run in the recipe's output folder")
-    add_common(train)
-    train.set_defaults(do=_run)
+    run_command.add_commands(commands)
     evaluate = commands.add_parser(
         "evaluate",
         help="read colour, shape, motion and background from generated clips",
@@ -34,23 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the first clip (default: 0)")
     add_common(evaluate, listing=True)
     evaluate.set_defaults(do=_evaluate)
+    add_plan(commands)
+    add_validate(commands)
+    add_cache(commands)
+    add_export(commands)
     listing = commands.add_parser("list", help="list recipes, objectives and data sets")
     add_common(listing, listing=True)
     listing.set_defaults(do=_list)
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["run"]:
-        words.sort(key=lambda word: word.startswith("-"))  # argparse reads no overrides after a flag; flags here take no values
+    words = run_command.in_order(sys.argv[1:] if argv is None else argv)
     return run(lambda args: args.do(args), parser, words)
-
-
-def _run(args: argparse.Namespace) -> None:
-    from .config import TrainConfig
-
-    config = TrainConfig.from_toml(args.recipe, args.overrides)
-    from .trainer import Trainer
-
-    folder = Trainer(config).run(resume=args.resume, overwrite=args.overwrite, progress=sys.stderr.isatty())
-    print(f"trained parts: {folder}\nlog: {config.output / 'log.jsonl'}\npreviews: {config.output / 'previews'}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

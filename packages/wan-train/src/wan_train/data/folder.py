@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from ..config import read_settings
 from . import film
 from .buckets import Bucket, Info
 from .file_index import FileIndex, Media
@@ -21,52 +23,57 @@ if TYPE_CHECKING:
 READER = "wan-train folder/1"  # another number where the same settings read other pixels
 
 
-class Folder:
-    """Clips of a folder or listing; satisfies `wan_train.contracts.Dataset`.
+class FolderSettings(BaseModel):
+    """path: a folder, its subfolders included, or a listing (.jsonl, .csv, .json).
 
-    path: a folder, its subfolders included, or a listing (.jsonl, .csv, .json)
     fps, frames, min_frames, overlap: how films are cut, see `Cut`; rates are met by time, so films of any rate keep their speed
-    size: (height, width) of `video`; `clip` takes any bucket
+    size: (height, width) of `Folder.video`; `Folder.clip` takes any bucket
     captions: `required`, or `optional`, where a sample without one has the empty caption
     min_side: pixels that the shorter side of a sample must have
     holdout: files that are not trained on; their samples stand at indices from `len` on
     on_problem: `strict` raises ValueError that lists all problems of the folder; `skip` leaves those files out, with a warning
-    index: an SQLite file that keeps what was found in the files, by path, time of change and size; one of the user's cache if empty
+    index: an SQLite file that keeps what was found in the files, by path, time of change and size; None for one in the user's cache
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        fps: float = 16,
-        frames: int = 81,
-        min_frames: int = 0,
-        overlap: int = 0,
-        size: Sequence[int] = (),
-        captions: Literal["required", "optional"] = "required",
-        min_side: int = 0,
-        holdout: int = 0,
-        on_problem: OnProblem = "strict",
-        index: str | Path = "",
-    ) -> None:
-        if captions not in ("required", "optional"):
-            raise ValueError(f"captions is {captions!r}, expected 'required' or 'optional'")
-        if size and (len(size) != 2 or min(size) < 1):
-            raise ValueError(f"size is (height, width), got {list(size)}")
-        self.path, self.size, self.on_problem = Path(path).expanduser(), tuple(size), on_problem
-        self.cut = Cut(Fraction(fps).limit_denominator(100_000), frames, min_frames, overlap)
-        self.index = FileIndex(Path(index) if index else None)
-        self._needed, self._min_side, self._holdout = captions == "required", min_side, holdout
-        clips = self.scan().settle(on_problem, self.path)
-        held = _held_out({clip.file for clip in clips}, holdout)
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    path: Path
+    fps: float = Field(16, gt=0, le=10_000)
+    frames: int = Field(81, gt=0)
+    min_frames: int = Field(0, ge=0)
+    overlap: int = Field(0, ge=0)
+    size: tuple[PositiveInt, PositiveInt] | None = None
+    captions: Literal["required", "optional"] = "required"
+    min_side: int = Field(0, ge=0)
+    holdout: int = Field(0, ge=0)
+    on_problem: OnProblem = "strict"
+    index: Path | None = None
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(Fraction(self.fps).limit_denominator(100_000), self.frames, self.min_frames, self.overlap)
+
+    def scan(self) -> Scan:
+        """The samples of the folder as it is now, and all of its problems."""
+        found = FileIndex(self.index and self.index.expanduser())
+        return scan(self.path.expanduser(), self.cut, captions=self.captions == "required", min_side=self.min_side, index=found)
+
+
+class Folder:
+    """Clips of a folder or listing; satisfies `wan_train.contracts.Dataset`; settings are those of `FolderSettings`.
+
+    Example: `Folder("clips", fps=16, frames=81, on_problem="skip")`. Raises ValueError for settings out of range, for the problems
+    of the folder as `on_problem` says, and where there is no sample.
+    """
+
+    def __init__(self, path: str | Path, **settings: Any) -> None:
+        self.settings = read_settings(FolderSettings, {"path": path, **settings}, "data set 'folder'")
+        self.cut, self.index = self.settings.cut, FileIndex(self.settings.index and self.settings.index.expanduser())
+        clips = self.settings.scan().settle(self.settings.on_problem, self.settings.path)
+        held = _held_out({clip.file for clip in clips}, self.settings.holdout)
         self.clips = [clip for clip in clips if clip.file not in held]
         self.held_out = [clip for clip in clips if clip.file in held]
         if not self.clips:
-            raise ValueError(f"holdout = {holdout} leaves no file of '{self.path}' to train on")
-
-    def scan(self) -> Scan:
-        """The folder as it is now, with all problems."""
-        return scan(self.path, self.cut, captions=self._needed, min_side=self._min_side, index=self.index)
+            raise ValueError(f"holdout = {self.settings.holdout} leaves no file of '{self.settings.path}' to train on")
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -109,14 +116,14 @@ class Folder:
         """Clips `[N, 3, frames, height, width]` of the data set's own `frames` and `size`."""
         import torch
 
-        if not self.size:
+        if self.settings.size is None:
             raise ValueError("clips of one shape need the setting size = [height, width] of the data set 'folder'")
-        bucket = Bucket(self.cut.frames, self.size[0], self.size[1])
+        bucket = Bucket(self.cut.frames, *self.settings.size)
         return torch.stack([self.clip(index, bucket) for index in indices])
 
     def key(self) -> str:
         """What a cache of all samples depends on: the settings, and the files by name, time of change and size."""
-        digest = hashlib.sha256(repr((READER, self.cut, self.size, self._needed, self._min_side, self._holdout)).encode())
+        digest = hashlib.sha256(repr((READER, self.cut, self.settings.size)).encode())
         for clip in self.clips:
             stat = clip.file.stat()
             digest.update(repr((str(clip.file), stat.st_mtime_ns, stat.st_size, clip.start, clip.frames, clip.captions)).encode())
@@ -138,8 +145,6 @@ class Folder:
 
 def _held_out(files: set[Path], count: int) -> set[Path]:
     """`count` files, chosen by their names alone, so that new ones change little."""
-    if count < 0:
-        raise ValueError(f"holdout is a number of files, 0 or more, got {count}")
     return set(sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())[:count])
 
 

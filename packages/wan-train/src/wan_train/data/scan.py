@@ -85,8 +85,6 @@ class Scan:
 
     def settle(self, on_problem: OnProblem, source: Path) -> list[Clip]:
         """The samples. Where there are problems: ValueError that lists them for `strict`, a warning that counts them for `skip`."""
-        if on_problem not in ("strict", "skip"):
-            raise ValueError(f"on_problem is {on_problem!r}, expected 'strict' or 'skip'")
         if self.problems and on_problem == "strict":
             lines = [f"{problem.file}: {problem.message}" for problem in self.problems[:_SHOWN]]
             more = [f"and {len(self.problems) - _SHOWN} more"] if len(self.problems) > _SHOWN else []
@@ -112,9 +110,8 @@ def scan(source: Path, cut: Cut, *, captions: bool = True, min_side: int = 0, in
         raise FileNotFoundError(f"no folder or listing at '{source}'")
     if source.is_file() and not is_listing(source):
         raise ValueError(f"'{source}' is no folder and no listing (.jsonl, .csv or .json)")
-    root = source if source.is_dir() else source.parent
     listing, files = _listed(source)
-    problems = [Problem(_name(path, root), "listing", message) for path, message in listing.problems]
+    problems = [Problem(file_name(path, source), "listing", message) for path, message in listing.problems]
     looked = (index or FileIndex()).media(files)
     clips: list[Clip] = []
     for file, media in zip(files, looked, strict=True):
@@ -122,7 +119,7 @@ def scan(source: Path, cut: Cut, *, captions: bool = True, min_side: int = 0, in
         if isinstance(found, list):
             clips += found
         else:
-            problems.append(Problem(_name(file, root), *found))
+            problems.append(Problem(file_name(file, source), *found))
     return Scan(clips, problems)
 
 
@@ -169,5 +166,7 @@ def _clips(file: Path, media: Media | Exception, listing: Listing, cut: Cut, nee
     return [Clip(file, media, captions, start, frames, float(cut.fps)) for start, frames in parts]
 
 
-def _name(file: Path, root: Path) -> str:
+def file_name(file: Path, source: Path) -> str:
+    """A file as it is told: relative to the folder, or to that of the listing."""
+    root = source if source.is_dir() else source.parent
     return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
