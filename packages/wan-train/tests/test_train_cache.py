@@ -201,6 +201,21 @@ def test_numbers_that_are_none_are_not_kept(tmp_path: Path, clips: Path) -> None
     assert list(cache.files.keys()) == []
 
 
+def test_what_another_process_made_between_two_looks_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder()
+    cache = Cache(tmp_path, text_encoder=encoder)
+    claimed = cache.files.claimed
+
+    def late(key: str, *, wait: bool = False) -> Any:
+        facts = next(facts for facts, _ in cache.needed(Prompts(), bucket_of) if key_of(facts) == key)
+        cache.files.write(facts, torch.ones(1))
+        return claimed(key, wait=wait)
+
+    monkeypatch.setattr(cache.files, "claimed", late)
+    done = cache.fill(Prompts(), bucket_of)
+    assert (done.made, done.present, encoder.calls) == (0, 41, [])
+
+
 class Slow(Encoder):
     """Writes a line before and after each prompt, and takes its time in between."""
 

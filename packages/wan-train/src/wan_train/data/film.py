@@ -23,6 +23,7 @@ from wan_vae.track import Track, indexed, rate_of
 
 Pixels = NDArray[np.uint8]
 SLACK = Fraction(1, 2000)  # seconds that a time may be late: containers round it, Matroska to milliseconds
+EXACT = ("mov", "matroska", "mpegts")  # containers whose packets say their times, so that these are the same wherever one enters
 RETREAT = (0, 2, 10)  # seconds that further tries enter earlier, where an index leads behind the wanted time
 
 
@@ -92,11 +93,21 @@ def read(path: Path, facts: FilmFacts, start: Fraction, frames: int, fps: Fracti
 
 
 class _EnteredLate(Exception):
-    """Nothing of a film was found at or before the wanted time; raised before the first frame is given."""
+    """A film was entered where the frame of the wanted time cannot be had; raised before the first frame is given."""
 
 
 class _Entered(Track):
-    """A film that is entered in its middle: what it declares says nothing of how much of it was read."""
+    """A film that is entered in its middle: what it declares says nothing of how much of it was read.
+
+    key: the time of the first key frame; what is shown before it may be predicted from frames that were not read
+    """
+
+    key: int | None = None
+
+    def _note(self, packet: Any) -> None:
+        if self.key is None and packet.is_keyframe:
+            self.key = packet.pts
+        super()._note(packet)
 
     def _lost(self, container: Any) -> int:
         return 0
@@ -106,6 +117,8 @@ def _read_from(path: Path, facts: FilmFacts, entry: Fraction, start: Fraction, f
     """As `read`, entered at the last key frame before `entry`."""
     with open_film(path) as (container, stream):
         origin, unit = (facts.first, Fraction(stream.time_base)) if facts.first is not None else (Fraction(0), 1 / rate_of(stream))
+        if entry and not container.format.name.startswith(EXACT):
+            raise _EnteredLate
         if entry:
             container.seek(math.floor((origin + entry) / unit), stream=stream, backward=True)
         track = _Entered(stream) if entry else Track(stream)
@@ -113,7 +126,10 @@ def _read_from(path: Path, facts: FilmFacts, entry: Fraction, start: Fraction, f
         shown: Any = None
         pixels: Pixels | None = None
         for picture in track.pictures(container):
-            time = (picture.pts if isinstance(picture, Missing) else picture[1]) * unit - origin
+            pts = picture.pts if isinstance(picture, Missing) else picture[1]
+            if isinstance(track, _Entered) and (track.key is None or pts < track.key):
+                continue
+            time = pts * unit - origin
             if shown is None and entry and time > start + SLACK:
                 raise _EnteredLate
             while shown is not None and given < frames and start + given / fps + SLACK < time:
