@@ -17,11 +17,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from wan_dit import Pipeline
-from wan_train import TrainConfig, Trainer, checkpoint
+from wan_train import TrainConfig, Trainer
 from wan_train.data.shapes import Shapes
-from wan_train.optim import EMA, Optimiser
 from wan_train.plugins import find
 from wan_train.randomness import generator
+from wan_train.store import shards
+from wan_train.store.manifest import VALUES, folder_name, steps
 
 Recipe = Callable[..., TrainConfig]
 
@@ -69,19 +70,22 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Every leaf of a nested state by its path."""
-    if isinstance(value, dict | list | tuple):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {name: leaf for key, inner in pairs for name, leaf in flat(inner, f"{path}/{key}").items()}
-    return {path: value}
+def newest(output: Path) -> Path:
+    """The folder of a run's last checkpoint."""
+    return output / "checkpoints" / folder_name(steps(output / "checkpoints")[0])
+
+
+def saved(output: Path) -> dict[str, Any]:
+    """Every tensor and value of a run's last checkpoint, by its path."""
+    return {**shards.read_whole(newest(output), ""), **json.loads((newest(output) / VALUES).read_text())}
 
 
 def differences(first: Path, second: Path) -> set[str]:
-    """The parts of two checkpoints that are not equal to the bit."""
-    a, b = flat(checkpoint.load(first)), flat(checkpoint.load(second))
+    """The parts of two runs' checkpoints that are not equal to the bit."""
+    a, b = saved(first), saved(second)
     assert set(a) == set(b)
-    return {name.split("/")[1] for name in a if not (torch.equal(a[name], b[name]) if isinstance(a[name], Tensor) else a[name] == b[name])}
+    same = {name: torch.equal(a[name], b[name]) if isinstance(a[name], Tensor) else a[name] == b[name] for name in a}
+    return {name.split("/")[0] for name, equal in same.items() if not equal}
 
 
 def exported(folder: Path) -> dict[str, bytes]:
@@ -116,7 +120,7 @@ def test_a_resumed_run_ends_with_the_same_bits(recipe: Recipe, tmp_path: Path, p
     assert not (half.output / "export").exists()
     torch.manual_seed(123)  # a new process has another state
     Trainer(half).run(resume=True)
-    assert differences(whole.output / "checkpoint.pt", half.output / "checkpoint.pt") == set()
+    assert differences(whole.output, half.output) == set()
     assert lines(whole.output) == lines(half.output)
     assert exported(whole.output) == exported(half.output)
     assert (whole.output / "previews" / "000006.png").read_bytes() == (half.output / "previews" / "000006.png").read_bytes()
@@ -124,36 +128,40 @@ def test_a_resumed_run_ends_with_the_same_bits(recipe: Recipe, tmp_path: Path, p
 
 def test_a_resume_restores_the_random_state_that_parts_may_draw_from(vae_recipe: Recipe) -> None:
     config = vae_recipe()
-    trainer = Trainer(config)
-    torch.rand(3)
-    trainer.run(until=3)
+    Trainer(config).run(until=3)
     state = torch.get_rng_state()
-    resumed = Trainer(config)
-    assert not torch.equal(torch.get_rng_state(), state)
-    resumed.load(config.output / "checkpoint.pt")
+    torch.rand(3)
+    Trainer(config).run(resume=True, until=3)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("forgotten", ["optimiser", "ema", "seed"])
+@pytest.mark.parametrize("forgotten", ["optimisers", "ema", "seed", "taken"])
 def test_a_resume_that_forgets_something_ends_with_other_bits(
     vae_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str
 ) -> None:
     whole, half = vae_recipe(f"output={tmp_path / 'whole'}"), vae_recipe(f"output={tmp_path / 'half'}")
     Trainer(whole).run()
     Trainer(half).run(until=3)
-    if forgotten == "optimiser":
-        monkeypatch.setattr(Optimiser, "load_state_dict", lambda self, states: None)
     resumed = Trainer(half if forgotten != "seed" else vae_recipe(f"output={tmp_path / 'half'}", "seed=1"))
-    if forgotten == "ema":
-        resumed.ema = EMA(resumed.objective.modules, 0.9)
-        fresh = {name: {key: value.clone() for key, value in state.items()} for name, state in resumed.ema.state.items()}
-        resumed.load(half.output / "checkpoint.pt")
-        resumed.ema.load_state_dict(fresh)
-        resumed.run(overwrite=True)
-    else:
-        resumed.run(resume=True)
-    changed = differences(whole.output / "checkpoint.pt", half.output / "checkpoint.pt")
-    assert changed >= ({"ema"} if forgotten == "ema" else {"modules", "ema", "optimiser"})
+    take_up = resumed._take_up
+
+    def forgetful(store: Any) -> None:
+        before = {name: {key: value.clone() for key, value in state.items()} for name, state in resumed.ema.state.items()}
+        take_up(store)
+        if forgotten == "ema":
+            for name, state in resumed.ema.state.items():
+                for key, value in state.items():
+                    value.copy_(before[name][key])
+        if forgotten == "optimisers":
+            for optimiser, _ in resumed.optimiser.parts:
+                optimiser.state.clear()
+        if forgotten == "taken":
+            resumed.taken = 0
+
+    monkeypatch.setattr(resumed, "_take_up", forgetful)
+    resumed.run(resume=True)
+    changed = differences(whole.output, half.output)
+    assert changed >= ({"ema"} if forgotten == "ema" else {"modules", "ema", "optimisers"})
 
 
 def test_a_killed_run_resumes_to_the_bits_of_one_that_was_not(vae_toml: Path, vae_recipe: Recipe, tmp_path: Path, awkward: Path) -> None:
@@ -163,38 +171,20 @@ def test_a_killed_run_resumes_to_the_bits_of_one_that_was_not(vae_toml: Path, va
     command = [sys.executable, "-m", "wan_train", "run", str(vae_toml), *data, *stall, f"output={killed}"]
     with subprocess.Popen(command, env={"PYTHONPATH": str(awkward), "PATH": "", "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE) as process:
         try:
-            while not marker.exists():
+            while not (marker.exists() and (killed / "checkpoints" / folder_name(4)).exists()):  # which is written in the background
                 assert process.poll() is None, process.stderr and process.stderr.read().decode()
                 time.sleep(0.02)
         finally:
             process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    assert checkpoint.load(killed / "checkpoint.pt")["step"] == 4
+    assert newest(killed).name == folder_name(4)
     assert [record["step"] for record in lines(killed)] == [1, 2, 3, 4, 5]
     Trainer(vae_recipe(*data, f"output={killed}")).run(resume=True)
     Trainer(vae_recipe(*data, f"output={whole}")).run()
     assert [record["step"] for record in lines(killed)] == [1, 2, 3, 4, 5, 6]
     assert lines(killed) == lines(whole)
-    assert differences(whole / "checkpoint.pt", killed / "checkpoint.pt") == set()
+    assert differences(whole, killed) == set()
     assert exported(whole) == exported(killed)
-
-
-class Halt:
-    """Ends the writing half-way, as a kill would."""
-
-    def __reduce__(self) -> Any:
-        raise KeyboardInterrupt
-
-
-def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, {"step": 1, "x": torch.ones(3)})
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(path, {"step": 2, "x": torch.zeros(3), "bomb": Halt()})
-    assert checkpoint.load(path)["step"] == 1
-    checkpoint.save(path, {"step": 3, "x": torch.zeros(3)})
-    assert checkpoint.load(path)["step"] == 3
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def points(folder: Path, name: str = "loss") -> list[tuple[int, float]]:
@@ -209,7 +199,7 @@ def test_logs_have_each_step_once_after_a_resume(vae_recipe: Recipe) -> None:
     with pytest.raises(ValueError, match="holds a run"):
         Trainer(config).run(until=5)
     Trainer(config).run(until=5, overwrite=True)  # from the start again, into the same folder
-    assert checkpoint.load(config.output / "checkpoint.pt")["step"] == 5
+    assert newest(config.output).name == folder_name(5)
     with (config.output / "log.jsonl").open("a") as log:
         log.write('{"step": 6, "loss": 0.5}\n{"step": 7, "lo')  # of a step that was not saved, and one cut short by a kill
     Trainer(config).run(resume=True)
@@ -227,7 +217,7 @@ def test_figures_are_logged_when_they_are_due(vae_recipe: Recipe) -> None:
     assert [record["step"] for record in records if "val_psnr" in record] == [4, 5]
     assert [record["lr_share"] for record in records if "loss" in record] == pytest.approx([0.2, 0.4, 0.5])
     assert {"loss", "l1", "kl", "psnr", "grad_norm", "lr_share", "step"} == set(records[0])
-    assert checkpoint.load(config.output / "checkpoint.pt")["step"] == 5
+    assert newest(config.output).name == folder_name(5)
     assert json.loads((config.output / "config.json").read_text())["steps"] == 5
 
 
@@ -260,20 +250,20 @@ def test_the_export_of_a_vae_is_its_averaged_weights(vae_recipe: Recipe) -> None
     config = vae_recipe()
     folder = Trainer(config).run()
     assert folder == config.output / "export"
-    state = checkpoint.load(config.output / "checkpoint.pt")
     own = find("wan_vaes", str(folder / "vae")).load().state_dict()
-    assert all(torch.equal(own[name], value.half().float()) for name, value in state["ema"]["vae"].items())
-    assert not all(torch.equal(own[name], value.half().float()) for name, value in state["modules"]["vae"].items())
+    averaged, live = (shards.read_whole(newest(config.output), f"{kind}/vae/") for kind in ("ema", "modules"))
+    assert all(torch.equal(own[name], value.half().float()) for name, value in averaged.items())
+    assert not all(torch.equal(own[name], value.half().float()) for name, value in live.items())
 
 
 def test_the_exported_parts_of_a_text_to_video_run_generate(flow_recipe: Recipe, micro_vae: Path) -> None:
     config = flow_recipe("optimiser.lr=0.01")
     folder = Trainer(config).run()
-    state = checkpoint.load(config.output / "checkpoint.pt")
     for part, kind in (("backbone", "wan_backbones"), ("text_encoder", "wan_text_encoders")):
         own = find(kind, str(folder / part)).load().state_dict()
-        assert all(torch.equal(own[name], value.half().float()) for name, value in state["ema"][part].items())
-        assert not all(torch.equal(own[name], value.half().float()) for name, value in state["modules"][part].items())
+        averaged, live = (shards.read_whole(newest(config.output), f"{state}/{part}/") for state in ("ema", "modules"))
+        assert all(torch.equal(own[name], value.half().float()) for name, value in averaged.items())
+        assert not all(torch.equal(own[name], value.half().float()) for name, value in live.items())
     parts = {"vae": str(micro_vae), "backbone": str(folder / "backbone"), "text_encoder": str(folder / "text_encoder")}
     result = Pipeline("tiny", **parts)("a red circle moves left", steps=2, frames=5, size=(16, 16))
     assert result.video.shape == (1, 3, 5, 16, 16)
@@ -295,29 +285,35 @@ def test_a_second_run_reuses_the_latents(flow_recipe: Recipe) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(vae_recipe: Recipe, awkward: Path) -> None:
-    config = vae_recipe("data.name=awkward:Awkward", "data.settings.break_at=4", "save_every=1", "log_every=1")
+    never = ["guard.skips=0", "guard.rollbacks=0"]
+    config = vae_recipe("data.name=awkward:Awkward", "data.settings.break_at=4", "save_every=1", "log_every=1", *never)
     trainer = Trainer(config)
     with pytest.raises(ValueError, match=r"^the loss is (nan|inf) at step 3: lower optimiser\.lr.*--resume$"):
         trainer.run()
-    saved = checkpoint.load(config.output / "checkpoint.pt")
-    assert saved["step"] == 2
-    assert differences(config.output / "checkpoint.pt", _saved(trainer, config)) == set()
+    assert newest(config.output).name == folder_name(2)
+    kept = shards.read_whole(newest(config.output), "modules/vae/")
+    assert all(torch.equal(kept[name], value) for name, value in trainer.ema.live["vae"].items())
+    assert all(value.isfinite().all() for value in kept.values())
     assert [record["step"] for record in lines(config.output)] == [1, 2]
-    assert all(value.isfinite().all() for value in saved["modules"]["vae"].values())
 
 
-def _saved(trainer: Trainer, config: TrainConfig) -> Path:
-    trainer.save(config.output / "after.pt")
-    return config.output / "after.pt"
+@pytest.mark.parametrize(("limits", "seen"), [(["guard.skips=1"], [1, 2, 3, 4, 5, 6]), (["guard.skips=0"], [1, 2, 2, 3, 4, 5, 6])])
+def test_a_step_that_goes_wrong_is_left_out_or_taken_back(vae_recipe: Recipe, awkward: Path, limits: list[str], seen: list[int]) -> None:
+    config = vae_recipe("data.name=awkward:Awkward", "data.settings.break_at=4", "save_every=1", "log_every=1", *limits)
+    trainer = Trainer(config)
+    trainer.run()
+    assert [record["step"] for record in lines(config.output)] == seen
+    assert (trainer.step, trainer.taken) == (6, 2 * (len(seen)))
+    assert all(value.isfinite().all() for value in shards.read_whole(newest(config.output), "").values())
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["steps=2"], r"is at step 3, past the 2 steps of this recipe"),
-        (["objective.settings.architecture.z_dim=6"], r"is of other parts or of another optimiser: resume it with the settings"),
-        (["optimiser.name=adamw"], r"is of other parts or of another optimiser"),
-        (["output=nowhere"], r"no checkpoint at 'nowhere/checkpoint\.pt': start the run without --resume"),
+        (["objective.settings.architecture.z_dim=6"], r"resume a run with the settings it was started with"),
+        (["optimiser.name=adamw"], r"resume a run with the settings it was started with"),
+        (["output=nowhere"], r"no checkpoint in 'nowhere/checkpoints': start the run without --resume"),
     ],
 )
 def test_a_resume_that_does_not_fit_says_so(
@@ -331,14 +327,6 @@ def test_a_resume_that_does_not_fit_says_so(
     assert "\n" not in str(caught.value)
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
     assert not Path("nowhere").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut short"])
-def test_a_file_that_is_no_checkpoint_says_so(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt' is not a checkpoint"):
-        checkpoint.load(path)
 
 
 def test_what_the_machine_or_the_data_cannot_do_is_said_at_once(vae_recipe: Recipe) -> None:

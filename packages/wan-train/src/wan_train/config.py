@@ -66,6 +66,20 @@ class MemoryConfig(_Section):
     policy: Literal["keep", "offload", "recompute"] | tuple[Literal["keep", "offload", "recompute"], ...] = "keep"
 
 
+class GuardConfig(_Section):
+    """What to do about a step whose loss or gradient norm is not finite, or a spike (`wan_train.store.guard`).
+
+    spike: robust deviations above the median of the last `window` good steps, after `start` of them; 0 looks for none
+    skips: bad steps in a row that are left out before the last checkpoint is taken up; rollbacks: how often that is tried
+    """
+
+    window: int = Field(default=128, gt=0)
+    start: int = Field(default=32, gt=0)
+    spike: float = Field(default=20.0, ge=0)
+    skips: int = Field(default=3, ge=0)
+    rollbacks: int = Field(default=2, ge=0)
+
+
 class TrainConfig(_Section):
     """One run.
 
@@ -75,6 +89,7 @@ class TrainConfig(_Section):
     ema: decay of the averaged weights that are previewed and exported, 0 for none
     output: folder of logs, previews, checkpoints and the exported parts
     log_every, preview_every, save_every: in steps, 0 for never
+    keep: newest checkpoints that stay; keep_every: and those whose step is a multiple of it, 0 for no others
     threads: CPU threads, 0 for torch's own choice
     """
 
@@ -84,6 +99,7 @@ class TrainConfig(_Section):
     optimiser: OptimiserConfig = OptimiserConfig()
     parallel: ParallelConfig = ParallelConfig()
     memory: MemoryConfig = MemoryConfig()
+    guard: GuardConfig = GuardConfig()
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     micro_batch: int = Field(default=0, ge=0)
@@ -94,6 +110,8 @@ class TrainConfig(_Section):
     log_every: int = Field(default=20, ge=0)
     preview_every: int = Field(default=500, ge=0)
     save_every: int = Field(default=500, ge=0)
+    keep: int = Field(default=3, gt=0)
+    keep_every: int = Field(default=0, ge=0)
     threads: int = Field(default=0, ge=0)
     device: str = "cpu"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 State = dict[str, Tensor]
 
@@ -34,23 +34,6 @@ def named(module: nn.Module) -> State:
     found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     own = {name.replace(_CHECKPOINT_PREFIX, ""): value for name, value in found.items()}
     return {name: own[name] for name in module.state_dict()}
-
-
-@torch.no_grad()
-def fill(state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into a state, sharded or not; KeyError or RuntimeError where one is missing or of another shape."""
-    if odd := state.keys() ^ values.keys():
-        raise KeyError(f"tensor '{min(odd)}' is on one side only")
-    for name, own in state.items():
-        if own.shape != values[name].shape:
-            raise RuntimeError(f"'{name}' is {list(values[name].shape)}, expected {list(own.shape)}")
-        own.copy_(distributed(values[name], own))
-
-
-def distributed(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as another is: sharded over the same processes, or on the same device."""
-    value = value.to(like.device)
-    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
 
 
 def whole(state: Mapping[str, Tensor]) -> State:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .config import OptimiserConfig
-from .copies import State, distributed, fill, local, named, whole
+from .copies import State, local, named
 
 
 class Optimiser:
@@ -44,36 +44,22 @@ class Optimiser:
             share *= config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * bend))
         return share
 
-    def step(self, step: int) -> float:
-        """Clip, update and clear the gradients; returns the norm of the gradient before clipping.
-
-        Raises ValueError where the norm is not finite, and leaves the weights as they are.
-        """
-        norm = gradient_norm(self.params)
-        require_finite("norm of the gradient", norm, step)
+    def step(self, step: int, norm: float) -> None:
+        """Clip gradients of this norm, update the weights, and clear the gradients."""
         if self.config.clip and norm > self.config.clip:
-            torch._foreach_mul_([local(param.grad) for param in self.params if param.grad is not None], float(self.config.clip / norm))
+            torch._foreach_mul_([local(param.grad) for param in self.params if param.grad is not None], self.config.clip / norm)
         for param, matrix in self.matrices:
             matrix.grad = param.grad.flatten(1) if param.grad is not None else None
         for optimiser, peak in self.parts:
             for group in optimiser.param_groups:
                 group["lr"] = peak * self.rate(step)
             optimiser.step()
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop the gradients."""
         for param in self.params:
             param.grad = None
-        return float(norm)
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        """Of each part, with whole tensors; all processes have to call it."""
-        states = [optimiser.state_dict() for optimiser, _ in self.parts]
-        return [{**state, "state": {key: whole(value) for key, value in state["state"].items()}} for state in states]
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        for (optimiser, _), state in zip(self.parts, states, strict=True):
-            optimiser.load_state_dict(state)
-            for param, own in optimiser.state.items():
-                if isinstance(param, DTensor):
-                    own |= {name: distributed(value, param) for name, value in own.items() if value.shape == param.shape}
 
 
 class EMA:
@@ -102,11 +88,6 @@ class EMA:
                 if not isinstance(given, nn.Parameter):  # a buffer
                     own.copy_(live)
 
-    def load_state_dict(self, states: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Take up averages; KeyError or RuntimeError where they are of other modules."""
-        for name, state in self.state.items():
-            fill(state, states[name])
-
 
 def _copied(state: State) -> State:
     return {name: value.detach().clone() for name, value in state.items()}
@@ -118,12 +99,3 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     norms = [torch.linalg.vector_norm(grad) for grad in grads]
     gathered = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(gathered)) if gathered else torch.zeros(())
-
-
-def require_finite(name: str, value: torch.Tensor, step: int) -> None:
-    """Raise ValueError where a figure is not finite; called before the weights of `step` (counted from 0) are changed."""
-    if not torch.isfinite(value):
-        raise ValueError(
-            f"the {name} is {value.item()} at step {step + 1}: lower optimiser.lr or optimiser.clip, "
-            "and take up the last checkpoint with --resume"
-        )

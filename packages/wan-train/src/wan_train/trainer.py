@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,15 +15,17 @@ from torch import Tensor
 from tqdm import tqdm
 from wan_dit._shared.weights import usable_device
 
-from . import checkpoint
 from .config import TrainConfig
-from .copies import Template, fill, named, whole
+from .copies import Template, whole
 from .layout import Layout
 from .memory import apply_policy
-from .optim import EMA, Optimiser, require_finite
+from .optim import EMA, Optimiser, gradient_norm
 from .order import Order
 from .plugins import find, plugin_manager
 from .randomness import generator
+from .store import Guard, Signals, Store, Verdict, restore, training_state
+from .store.guard import Limits
+from .store.manifest import steps
 from .tracker import Silent, Tracker
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ class Trainer:
     """Runs one recipe; started by torchrun, together with the other processes.
 
     Example: `Trainer(TrainConfig.from_toml("tiny-vae")).run()`. The output folder gets `log.jsonl`, TensorBoard events,
-    `previews/*.png`, `checkpoint.pt` and, at the end, `export/`.
+    `previews/*.png`, `checkpoints/` and, at the end, `export/`.
     """
 
     def __init__(self, config: TrainConfig, pm: pluggy.PluginManager | None = None) -> None:
@@ -57,38 +60,39 @@ class Trainer:
         self.optimiser = Optimiser(config.optimiser, self.objective.parameter_groups(), config.steps)
         self.ema = EMA(modules, config.ema)
         self.order = Order(self.objective.samples, config.seed)
+        self.guard = Guard(Limits(**config.guard.model_dump()))
         self.step = self.taken = 0  # steps, and the samples that they took
 
     def run(self, *, resume: bool = False, overwrite: bool = False, progress: bool = False, until: int | None = None) -> Path:
         """Train to `config.steps` (or stop after `until`) and return the folder of the exported parts.
 
         resume: take up the run in the output folder; overwrite: begin anew over it
-        Raises ValueError where the folder holds a run and neither is asked for.
+        Raises ValueError where the folder holds a run and neither is asked for, and SystemExit where a signal ends it, saved.
         """
         config, last = self.config, min(until or self.config.steps, self.config.steps)
-        path = config.output / "checkpoint.pt"
-        if resume:
-            self.load(path)
-        elif path.exists() and not overwrite:
-            raise ValueError(f"'{config.output}' holds a run: give --resume to take it up, --overwrite to begin anew, or another output=")
-        self.layout.barrier()  # all have looked before one writes
-        _make_folder(config.output)
-        self._prepare()
-        with (
-            (Tracker if self.layout.is_main else Silent)(config.output, config.model_dump(mode="json"), self.step) as tracker,
-            tqdm(total=last, initial=self.step, disable=not (progress and self.layout.is_main)) as bar,
-        ):
-            while self.step < last:
-                figures = self._train_step()
-                self.step += 1
-                bar.update()
-                if _due(self.step, config.log_every, last):
-                    bar.set_postfix(loss=f"{figures['loss']:.4f}")
-                    tracker.log(self.step, figures)
-                if _due(self.step, config.preview_every, config.steps):
-                    self._preview(tracker)
-                if _due(self.step, config.save_every, last):
-                    self.save(path)
+        folder = config.output / "checkpoints"
+        self._check_folder(folder, resume, overwrite)
+        with Store(folder, config.keep, config.keep_every or None, layout=config.parallel.model_dump()) as store, Signals() as signals:
+            if resume:
+                self._take_up(store)
+            self._prepare()
+            with (
+                (Tracker if self.layout.is_main else Silent)(config.output, config.model_dump(mode="json"), self.step) as tracker,
+                tqdm(total=last, initial=self.step, disable=not (progress and self.layout.is_main)) as bar,
+            ):
+                while self.step < last:
+                    figures = self._train_step(store)
+                    bar.update(self.step - bar.n)
+                    if _due(self.step, config.log_every, last):
+                        bar.set_postfix(loss=f"{figures['loss']:.4f}")
+                        tracker.log(self.step, figures)
+                    if _due(self.step, config.preview_every, config.steps):
+                        self._preview(tracker)
+                    code = signals.exit_code(self.layout.mesh)
+                    if code or _due(self.step, config.save_every, last):
+                        store.save(self.step, self._state(), wait=bool(code))
+                    if code:
+                        raise SystemExit(code)
         if self.step == config.steps:
             modules = self.averaged()
             if self.layout.is_main:
@@ -116,14 +120,30 @@ class Trainer:
             tracker.grid(self.step, clips)
         self.layout.barrier()
 
-    def _train_step(self) -> dict[str, float]:
+    def _train_step(self, store: Store | None = None) -> dict[str, float]:
+        """One step; without a store, from which it could be taken back, one that went wrong ends the run."""
         start, config = time.perf_counter(), self.config
         progress = self.step / config.steps
         count = self.objective.batch_size(config.batch_size, progress)
-        samples = self.order.take(self.taken, count)
-        draw = partial(_draw, config.seed, self.step)
-        total, sums = torch.zeros((), dtype=torch.float64), dict[str, Tensor]()
-        turns = self._batches(samples, draw, progress)
+        figures = self._gradients(self.order.take(self.taken, count), progress)
+        norm = float(gradient_norm(self.optimiser.params))
+        rate = self.optimiser.rate(self.step)
+        self.taken += count
+        verdict = self.guard.decide(figures["loss"], norm, self.layout.mesh)
+        if verdict is Verdict.GO:
+            self.optimiser.step(self.step, norm)
+            self.ema.update(self.step)
+            self.step += 1
+        else:
+            self.optimiser.clear()
+            self._recover(verdict, store)
+        return {**figures, "grad_norm": norm, "lr_share": rate, "seconds": time.perf_counter() - start}
+
+    def _gradients(self, samples: Sequence[int], progress: float) -> dict[str, float]:
+        """Leave the gradient of the mean loss of the samples; returns the loss and the mean figures."""
+        config, count = self.config, len(samples)
+        sums: dict[str, Tensor] = {"loss": torch.zeros((), dtype=torch.float64)}
+        turns = self._batches(samples, partial(_draw, config.seed, self.step), progress)
         for i, (batch, weight) in enumerate(turns):
             with (
                 self.layout.accumulating(self.objective.modules.values(), last=i == len(turns) - 1),
@@ -131,17 +151,25 @@ class Trainer:
             ):
                 losses, facts = self.objective.losses(batch)
             (losses.sum() * (weight * self.layout.data_ranks / count)).backward()
-            total += weight * losses.detach().double().sum().cpu()
-            for name, values in facts.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + weight * values.detach().double().sum().cpu()
+            for name, values in {"loss": losses.detach(), **facts}.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + weight * values.double().sum().cpu()
         self.layout.average(self.optimiser.params)
-        figures = {name: float(self.layout.total(value)) / count for name, value in {"loss": total, **sums}.items()}
-        require_finite("loss", torch.tensor(figures["loss"]), self.step)
-        norm = self.optimiser.step(self.step)
-        self.ema.update(self.step)
-        self.taken += count
-        rate = self.optimiser.rate(self.step)
-        return {**figures, "grad_norm": norm, "lr_share": rate, "seconds": time.perf_counter() - start}
+        return {name: float(self.layout.total(value)) / count for name, value in sums.items()}
+
+    def _recover(self, verdict: Verdict, store: Store | None) -> None:
+        """What follows a step that went wrong: it is left out, or the last checkpoint is taken up with the samples that come next."""
+        step = None if store is None else store.latest()
+        if verdict is Verdict.STOP or step is None:
+            advice = "lower optimiser.lr or optimiser.clip, and take up the last checkpoint with --resume"
+            raise ValueError(f"{self.guard.reason} at step {self.step + 1}: {advice}")
+        if verdict is Verdict.SKIP:
+            self.step += 1
+            return
+        taken, guard = self.taken, self.guard.state()
+        assert store is not None
+        self._take_up(store)
+        self.taken = taken
+        self.guard.load(guard)
 
     def _batches(self, samples: Sequence[int], draw: Draw, progress: float) -> list[tuple[Any, float]]:
         """The batches of this data rank, as many as of any other, with weight 0 where there is nothing left for it.
@@ -161,36 +189,41 @@ class Trainer:
             made += layout.exchanged([(batch, float(bool(own)))])
         return made[: -(-share // size)]
 
-    def save(self, path: Path) -> None:
-        """Write everything a resume needs: weights, averaged weights, optimiser, random state, step."""
-        state: dict[str, Any] = {
-            "step": self.step,
-            "taken": self.taken,
-            "modules": {name: whole(named(module)) for name, module in self.objective.modules.items()},
-            "ema": {name: whole(state) for name, state in self.ema.state.items()},
-            "optimiser": self.optimiser.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
-        if self.layout.is_main:
-            checkpoint.save(path, state)
-        self.layout.barrier()
+    def _state(self) -> dict[str, Any]:
+        """Everything a resume needs, as tensors that the store fills in place, and plain values."""
+        return training_state(
+            self.objective.modules, [optimiser for optimiser, _ in self.optimiser.parts], ema=self.ema.state if self.config.ema else {},
+            views=self.optimiser.matrices, values={"step": self.step, "taken": self.taken, "guard": self.guard.state()},
+        )  # fmt: skip
 
-    def load(self, path: Path) -> None:
-        """Take up where `save` left; ValueError where the checkpoint is of another recipe."""
-        state = checkpoint.load(path)
-        if state["step"] > self.config.steps:
-            raise ValueError(f"'{path}' is at step {state['step']}, past the {self.config.steps} steps of this recipe")
+    def _take_up(self, store: Store) -> None:
+        """Go on where the newest checkpoint left; ValueError where there is none, or it is of another recipe."""
+        if (step := store.latest()) is None:
+            raise FileNotFoundError(f"no checkpoint in '{store.folder}': start the run without --resume")
+        if step > self.config.steps:
+            raise ValueError(f"'{store.folder}' is at step {step}, past the {self.config.steps} steps of this recipe")
+        state = self._state()
         try:
-            for name, module in self.objective.modules.items():
-                fill(named(module), state["modules"][name])
-            self.ema.load_state_dict(state["ema"])
-            self.optimiser.load_state_dict(state["optimiser"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"'{path}' is of other parts or of another optimiser: resume it with the settings it was started with"
-            ) from error
-        torch.set_rng_state(state["rng"])
-        self.step, self.taken = state["step"], state["taken"]
+            store.load(step, state)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(f"{error}: resume a run with the settings it was started with") from error
+        values = restore(state, [optimiser for optimiser, _ in self.optimiser.parts])
+        store.restore_rng(step)
+        self.guard.load(values["guard"])
+        self.step, self.taken = values["step"], values["taken"]
+
+    def _check_folder(self, folder: Path, resume: bool, overwrite: bool) -> None:
+        held = bool(steps(folder)) if folder.exists() else False
+        if resume and not held:
+            raise FileNotFoundError(f"no checkpoint in '{folder}': start the run without --resume")
+        if held and not (resume or overwrite):
+            output = self.config.output
+            raise ValueError(f"'{output}' holds a run: give --resume to take it up, --overwrite to begin anew, or another output=")
+        self.layout.barrier()  # all have looked before one writes
+        _make_folder(self.config.output)
+        if overwrite and self.layout.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.layout.barrier()
 
 
 def _draw(seed: int, step: int, sample: int, stream: str) -> torch.Generator:

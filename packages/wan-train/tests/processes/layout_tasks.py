@@ -41,17 +41,15 @@ def train(recipe: str, overrides: list[str], steps: int, plant: str = "") -> dic
                 kept: dict[str, Tensor] = {}
                 original = trainer.optimiser.step
 
-                def watched(at: int, original: Any = original, kept: dict[str, Tensor] = kept) -> float:
+                def watched(at: int, norm: float, original: Any = original, kept: dict[str, Tensor] = kept) -> None:
                     kept |= gradients(trainer)
-                    norm: float = original(at)
-                    return norm
+                    original(at, norm)
 
                 with patch.object(trainer.optimiser, "step", watched):
                     losses.append(trainer._train_step()["loss"])
                 grads[step] = kept
             else:
                 losses.append(trainer._train_step()["loss"])
-            trainer.step += 1
         weights = {f"{name}.{key}": value for name, state in trainer.ema.live.items() for key, value in whole(state).items()}
     return {"losses": losses, "gradients": {step: {name: value.numpy() for name, value in found.items()} for step, found in grads.items()},
             "weights": {name: value.detach().numpy() for name, value in weights.items()}}  # fmt: skip
