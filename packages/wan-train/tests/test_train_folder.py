@@ -212,6 +212,7 @@ def test_parts_of_a_film_cover_it_without_what_is_too_short(count: int, frames: 
     parts = Cut(Fraction(8), frames, shortest, overlap).of(count)
     assert all((shortest or frames) <= length <= frames and start + length <= count for start, length in parts)
     assert all(after == before + frames - overlap for (before, _), (after, _) in pairwise(parts))
+    assert all(sum(after) > sum(before) for before, after in pairwise(parts))  # each has frames that the one before has not
     left = count - (parts[-1][0] + parts[-1][1] if parts else 0)
     assert left < max(shortest or frames, overlap + 1)  # nothing is left that would have been a sample
 
