@@ -7,6 +7,7 @@ it talk most and should share a machine.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
@@ -94,6 +95,7 @@ def shard(backbone: B, mesh: DeviceMesh) -> B:
     mesh: of one dimension, or of two: copies, and shards of each copy
     Keys and values of cross-attention are units of their own, since `encode_context` computes them outside the blocks.
     """
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # of the velocity, which nothing writes into
     trunk = cast(nn.Module, backbone.trunk)
     for block in (*cast(nn.ModuleList, trunk.blocks), *getattr(trunk, "vace_blocks", ())):
         attention = block.cross_attn
