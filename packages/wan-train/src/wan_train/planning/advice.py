@@ -23,10 +23,11 @@ class Suggestion:
 
 def suggestions(plan: Plan) -> list[Suggestion]:
     """Single changes that save memory: those that are enough alone first, then by what they save."""
-    now = plan.memory.total
+    now, solved = plan.memory.total, Wanted(plan.policy.count("recompute"), plan.policy.count("offload"))
     found = []
     for what, other in changes(plan):
-        saves = now - other.memory.total
+        same = other if other.wanted != plan.wanted else other.changed(wanted=solved)  # room that a change makes is not filled again
+        saves = now - same.memory.total
         if saves > 0:
             found.append(Suggestion(what, saves, other.fits, other.seconds_per_sample / plan.seconds_per_sample))
     return sorted(found, key=lambda each: (not each.fits, -each.saves))

@@ -11,7 +11,7 @@ from wan_dit.plan import block_layers, parameters, tokens, weights
 Precision = Literal["fp32", "bf16", "autocast"]
 Optimiser = Literal["adamw", "adamw8bit", "muon"]
 Base = Literal["fp32", "bf16", "fp8", "int8"]
-STATES = {"adamw": 8.0, "adamw8bit": 2.0625, "muon": 4.0}  # bytes a parameter; 8 bits: two numbers and a scale of fp32 for 128 of them
+MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03125, "muon": 8.0}  # bytes a parameter; in 8 bits two numbers, and two fp32 scales for 256 of them
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,13 @@ class Job:
         return self.adapters if self.lora else parameters(self.config).total
 
     @property
+    def moments(self) -> float:
+        """Bytes of the optimiser's moments; Muon has one of each matrix of the blocks."""
+        found = parameters(self.config)
+        matrices = 0 if self.lora else found.running + found.context
+        return MOMENTS[self.optimiser] * self.trained - (4 * matrices if self.optimiser == "muon" else 0)
+
+    @property
     def block_parameters(self) -> int:
         """Of one block, all of its layers."""
         found = parameters(self.config)
@@ -113,17 +120,23 @@ class Job:
         return parameters(self.config).total - self.blocks * self.block_parameters
 
     def frozen(self) -> tuple[int, int, int]:
-        """Bytes of the frozen base: on the device, in the host's memory, brought to the device for each forward or recomputation."""
+        """Bytes of the frozen base: on the device, in the host's memory, brought to the device for each forward or recomputation.
+
+        As `wan_dit.offload.load_offloaded` holds it: beside the blocks that stay, one that runs and one that arrives. The layers
+        that make keys and values of the prompt come and go by themselves, of all blocks.
+        """
         if not self.lora:
             return 0, 0, 0
         quantise, dtype = (self.base, "bf16") if self.base in ("fp8", "int8") else (None, self.base)
         whole = weights(self.config, dtype, quantise=quantise)
         if not self.swapped:
             return whole.device, 0, 0
-        swapped = weights(self.config, dtype, offload="blocks", quantise=quantise)
+        swapped, found = weights(self.config, dtype, offload="blocks", quantise=quantise), parameters(self.config)
+        context = swapped.host * found.context / (found.context + found.running)
         share = self.swapped / self.config.num_layers
+        away = context + (swapped.host - context) * share
         arriving = swapped.device - (whole.device - swapped.host)
-        return round(whole.device - swapped.host * share + arriving), round(swapped.host * share), round(swapped.brought * share)
+        return round(whole.device - away + arriving), round(away), round(swapped.brought * share)
 
     def changed(self, **fields: object) -> Job:
         return replace(self, **fields)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Literal
 from wan_dit.plan import CLIP_TOKENS, parameters
 
 from .degrees import Degrees, padded
-from .job import STATES, Bucket, Job
+from .job import Bucket, Job
 from .saved import (
     Shape,
     around_bytes,
@@ -81,7 +81,7 @@ def states(job: Job, degrees: Degrees) -> list[Term]:
         Term("parameters", 4 * job.trained // shards, f"{job.trained:,} in fp32 over {shards}"),
         Term("base", device // shards, f"frozen weights in {job.base} over {shards}"),
         Term("gradients", 4 * job.trained // shards + held, "fp32" + (", whole between the turns of a step" if held else "")),
-        Term("optimiser", round(STATES[job.optimiser] * job.trained / shards), job.optimiser),
+        Term("optimiser", round(job.moments / shards), job.optimiser),
         Term("ema", 4 * job.trained // shards if job.ema else 0, "averaged weights in fp32"),
         Term("window", window, "gathered weights of two blocks and what is in no block, gradients of one"),
         Term("copies", copies, "weights in bf16 that autocast caches"),

@@ -12,7 +12,7 @@ from wan_dit.run_plan import Rates
 from .choose import choose
 from .degrees import Degrees
 from .gpus import Gpu, gpu_named
-from .job import Base, Bucket, Job
+from .job import Bucket, Job
 from .plan import Plan
 from .policy import Wanted
 from .recipe import Asked, architecture, default_size, degrees, read
@@ -28,13 +28,13 @@ def tell_plan(args: argparse.Namespace) -> None:
     gamma = _gamma(args.gamma, asked.job)
     plan = _planned(asked, gpu, rates, gamma)
     chosen = None in (asked.ulysses, asked.ring, asked.fsdp) and asked.gpus > 1
-    verified = None
+    found, verified = record(plan), None  # all of it before the first line
     if args.verify:
         from .verify import verify
 
         verified = verify(plan)
     if args.json:
-        print(json.dumps({"name": asked.name, "chosen": chosen, **record(plan), "verified": verified}, indent=2))
+        print(json.dumps({"name": asked.name, "chosen": chosen, **found, "verified": verified}, indent=2))
     else:
         tell(plan, asked.name, chosen, verified)
 
@@ -51,11 +51,7 @@ def _model(args: argparse.Namespace) -> Asked:
     config = architecture(args.model)
     size, frames = default_size(args.model)
     bucket = Bucket(parse_size(args.size) or size, frames if args.frames is None else args.frames)
-    base: Base = args.base or "bf16"
-    job = Job(
-        config, (bucket,), args.micro_batch or 1, args.accumulate or 1, args.precision or "bf16", args.optimiser or "adamw",
-        bool(args.ema), args.lora or 0, base, args.block_swap or 0,
-    )  # fmt: skip
+    job = Job(config, (bucket,)).changed(**_given(args))
     return _placed(args, Asked(args.model, job, 1, None, None, None, _wanted(args, job.blocks)))
 
 
@@ -64,18 +60,19 @@ def _recipe(args: argparse.Namespace) -> Asked:
     from ..config import TrainConfig
 
     recipe, *overrides = args.config
-    asked = read(TrainConfig.from_toml(recipe, overrides), _gpus(args))
-    job, size = asked.job, parse_size(args.size)
-    if size or args.frames is not None:
-        largest = job.largest
-        job = job.changed(buckets=(Bucket(size or largest.size, largest.frames if args.frames is None else args.frames),))
+    asked = read(TrainConfig.from_toml(recipe, overrides), _gpus(args), parse_size(args.size), args.frames)
+    job = asked.job.changed(**_given(args))
+    wanted = asked.wanted if args.checkpointing is None and args.offload_activations is None else _wanted(args, job.blocks)
+    return _placed(args, replace(asked, job=job, wanted=wanted))
+
+
+def _given(args: argparse.Namespace) -> dict[str, object]:
+    """Fields of a job, of the options that are there."""
     given = {
         "micro_batch": args.micro_batch, "accumulate": args.accumulate, "precision": args.precision, "optimiser": args.optimiser,
         "ema": args.ema or None, "lora": args.lora, "base": args.base, "swapped": args.block_swap,
     }  # fmt: skip
-    job = job.changed(**{name: value for name, value in given.items() if value is not None})
-    wanted = asked.wanted if args.checkpointing is None and args.offload_activations is None else _wanted(args, job.blocks)
-    return _placed(args, replace(asked, job=job, wanted=wanted))
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _gpus(args: argparse.Namespace) -> int | None:

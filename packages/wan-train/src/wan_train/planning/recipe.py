@@ -14,7 +14,8 @@ from .degrees import Degrees
 from .job import Bucket, Job
 from .policy import Wanted
 
-SIZE, FRAMES = (64, 64), 17  # of the data set `shapes`, (width, height)
+WITHOUT = ("vae",)  # objectives of this package that train no transformer
+SHAPES, FRAMES = (64, 64), {"shapes": 17}  # what data sets have where a recipe does not say: (height, width), and frames, else 81
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,15 @@ class Asked:
     wanted: Wanted
 
 
-def read(config: TrainConfig, gpus: int | None) -> Asked:
+def read(config: TrainConfig, gpus: int | None, size: tuple[int, int] | None = None, frames: int | None = None) -> Asked:
     """A recipe of a transformer on `gpus` processes, the fewest its degrees allow where that is None.
 
     ADAPTER: everything that the plan takes from a recipe is read here, so that new sections of the recipe are added here alone.
-    ValueError for an objective without a transformer.
+    size, frames: in place of those of its data
+    ValueError for an objective without a transformer, or where there is no size.
     """
     settings = config.objective.settings
-    if config.objective.name != "rectified-flow":
+    if config.objective.name in WITHOUT:
         raise ValueError(f"plans are of transformers, and the objective of '{config.name}' is '{config.objective.name}'")
     model = architecture(str(settings.get("backbone", "tiny")), settings.get("architecture", {}))
     parallel, context = config.parallel, config.parallel.ulysses * config.parallel.ring
@@ -47,7 +49,7 @@ def read(config: TrainConfig, gpus: int | None) -> Asked:
     share = -(-config.batch_size // ranks)
     micro = min(config.micro_batch or share, share)
     job = Job(
-        model, buckets(config.data.settings), micro_batch=micro, accumulate=-(-share // micro),
+        model, (bucket(config, size, frames),), micro_batch=micro, accumulate=-(-share // micro),
         precision="autocast" if config.precision == "bf16" else "fp32", optimiser=config.optimiser.name, ema=config.ema > 0,
         held_gradients=True,
     )  # fmt: skip
@@ -59,10 +61,15 @@ def read(config: TrainConfig, gpus: int | None) -> Asked:
     )  # fmt: skip
 
 
-def buckets(settings: dict[str, Any]) -> tuple[Bucket, ...]:
-    """Of a data set's settings: its one size, (height, width) as data sets have it, and length."""
-    height, width = settings.get("size", SIZE)
-    return (Bucket((int(width), int(height)), int(settings.get("frames", FRAMES))),)
+def bucket(config: TrainConfig, size: tuple[int, int] | None, frames: int | None) -> Bucket:
+    """Size, (width, height), and frames of the clips; of a recipe's data, whose sizes are (height, width), where they are not given."""
+    data = config.data
+    if size is None:
+        found = data.settings.get("size") or (SHAPES if data.name == "shapes" else None)
+        if found is None:
+            raise ValueError(f"the data of '{config.name}' have no size of their own: say for which to plan with --size WxH")
+        size = int(found[1]), int(found[0])
+    return Bucket(size, int(data.settings.get("frames", FRAMES.get(data.name, 81))) if frames is None else frames)
 
 
 def architecture(name: str, changes: dict[str, Any] | None = None) -> DiTConfig:

@@ -13,7 +13,7 @@ from wan_dit.run_plan import Rates
 
 from .degrees import Degrees
 from .gpus import EFFICIENCY, Gpu
-from .job import STATES, Bucket, Job
+from .job import Bucket, Job
 from .memory import Policy, blocks_of, precise, shape_of
 from .work import FLASH, flops, forward_traffic, traffic
 
@@ -96,7 +96,7 @@ def timing(job: Job, degrees: Degrees, policy: Policy, gpu: Gpu, rates: Rates) -
     compute = sum(bucket.share * step[0] for step, bucket in steps) / total
     exposed = {name: sum(bucket.share * step[1][name] for step, bucket in steps) / total for name in steps[0][0][1]}
     job = precise(job, degrees)
-    states = (8 + 2 * STATES[job.optimiser] + 4 + 8 * job.ema) * job.trained / degrees.fsdp  # read and written
+    states = (2 * job.moments + (8 + 4 + 8 * job.ema) * job.trained) / degrees.fsdp  # read and written
     samples = degrees.data_ranks * job.micro_batch * job.accumulate
     model = sum(bucket.share * flops(job, bucket).model for bucket in job.buckets) / total
     optimiser = states / gpu.hbm

@@ -1,0 +1,196 @@
+"""Plans against what torch does: operations, activations, whole steps on fake process groups, and the law of a LoRA's memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from wan_dit.config import I2V_14B, T2V_1_3B, T2V_14B, TI2V_5B, VACE_1_3B, DiTConfig
+from wan_dit.contracts import Conditioning
+from wan_dit.model import WanDiT
+from wan_dit.offload import load_offloaded
+from wan_train.cli import main
+from wan_train.planning.degrees import Degrees
+from wan_train.planning.job import Bucket, Job, Precision
+from wan_train.planning.measured import Saved, block_bytes_per_token, gamma
+from wan_train.planning.memory import memory
+from wan_train.planning.saved import KEPT, PER_SAMPLE
+from wan_train.planning.work import flops
+
+SMALL = DiTConfig(dim=256, ffn_dim=768, num_heads=4, num_layers=4, text_dim=64, text_len=64)
+WIDE = DiTConfig(dim=128, ffn_dim=1024, num_heads=4, num_layers=3, text_dim=32, text_len=32)
+
+
+def of_layers(config: DiTConfig, **fields: Any) -> DiTConfig:
+    return DiTConfig(**{**config.model_dump(), **fields})
+
+
+@pytest.mark.parametrize("recomputed", [0, 2])
+@pytest.mark.parametrize(
+    "config",
+    [of_layers(T2V_1_3B, num_layers=3), of_layers(VACE_1_3B, num_layers=3, vace_layers=(0, 2)), of_layers(I2V_14B, num_layers=2)],
+    ids=["t2v", "vace", "i2v"],
+)
+def test_operations_are_those_that_are_counted(config: DiTConfig, recomputed: int) -> None:
+    frames, height, width = 5, 24, 40
+    extra = config.in_dim - config.out_dim
+    with torch.device("meta"):
+        model = WanDiT(config).bfloat16()
+        given = Conditioning(
+            extra_latents=torch.randn(1, extra, frames, height, width) if extra else None,
+            image_context=torch.randn(1, 257, config.image_dim) if config.image_dim else None,
+            vace=torch.randn(1, config.vace_in_dim, frames, height, width) if config.vace_layers else None,
+        )
+        for block in list(model.trunk.blocks)[:recomputed]:
+            block.forward = _recomputed(block.forward)  # type: ignore[method-assign]
+        with FlopCounterMode(display=False) as counter:
+            context = model.encode_context([torch.randn(config.text_len, config.text_dim)], given)
+            out = model(torch.randn(1, config.out_dim, frames, height, width), torch.tensor([5.0]), context, given)
+            forward = counter.get_total_flops()
+            out.square().mean().backward()
+    job = Job(config, (Bucket((8 * width, 8 * height), 1 + 4 * (frames - 1)),))
+    found, plain = flops(job, job.largest, recomputed), flops(job, job.largest)
+    assert found.forward == forward
+    assert found.model + found.run - plain.run == counter.get_total_flops()  # meta counts the backward of attention as MFU does
+
+
+def _recomputed(forward: Any) -> Any:
+    return lambda *arguments: checkpoint(forward, *arguments, use_reentrant=False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("config", [T2V_1_3B, T2V_14B, TI2V_5B])
+def test_blocks_keep_what_is_counted(config: DiTConfig, precision: Precision) -> None:
+    counts, statistics = KEPT[precision], 8 * config.num_heads + 36
+    counted = counts.width * config.dim + counts.hidden * config.ffn_dim
+    assert block_bytes_per_token(config, precision) == pytest.approx(counted + statistics, rel=2e-3)
+    assert block_bytes_per_token(config, precision, per_sample=True) == pytest.approx(
+        counted + statistics + PER_SAMPLE * config.dim, rel=2e-3
+    )
+
+
+def test_gamma_is_measured_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gamma(T2V_14B, "bf16") == pytest.approx(72.9, abs=0.1)
+    totals = []
+    for extra in ([], ["--gamma", "measure"]):
+        assert main(["plan", "--model", "wan2.1-t2v-14b", "--gpus", "16", "--ulysses", "8", "--fsdp", "16", "--json", *extra]) == 0
+        totals.append(json.loads(capsys.readouterr().out)["memory"]["total"])
+    assert totals[1] == pytest.approx(totals[0], rel=0.02)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recomputed", [0, 2, 4])
+def test_a_real_model_keeps_what_is_planned(recomputed: int, precision: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = WanDiT(SMALL).to(precision)
+    for block in list(model.trunk.blocks)[:recomputed]:
+        block.forward = _recomputed(block.forward)  # type: ignore[method-assign]
+    latents, text = torch.randn(1, 16, 5, 32, 48), [torch.randn(64, 64)]
+    known = [*model.parameters(), latents, *text]
+    with Saved(known) as saved:
+        out = model(latents, torch.tensor([500.0]), model.encode_context(text))
+    job = Job(SMALL, (Bucket((384, 256), 17),), precision="fp32" if precision == torch.float32 else "bf16")
+    # the gathered weights are bf16 where there are shards
+    degrees = Degrees(2, fsdp=2) if precision == torch.bfloat16 else Degrees()
+    policy = ("recompute",) * recomputed + ("keep",) * (4 - recomputed)
+    found = memory(job, degrees, policy)  # type: ignore[arg-type]
+    head = 8 * SMALL.dim * job.count(job.largest)  # what the head keeps is planned with the backward
+    loss = 2 * 4 * 4 * SMALL.out_dim * job.count(job.largest)  # of the velocity and its error, which are planned too
+    planned = found.size("blocks") + found.size("context") + found.size("around") + head - loss
+    assert out.requires_grad
+    assert planned == pytest.approx(saved.size, rel=0.1)
+
+
+FAST = [
+    # gpus, ulysses, ring, fsdp, policy, samples, config
+    (1, 1, 1, 1, ("keep",) * 4, 1, SMALL),
+    (4, 2, 2, 4, ("recompute", "recompute", "keep", "keep"), 1, SMALL),
+]
+SLOW = [
+    (1, 1, 1, 1, ("recompute",) * 4, 1, SMALL),
+    (1, 1, 1, 1, ("recompute", "recompute", "keep", "keep"), 1, SMALL),
+    (1, 1, 1, 1, ("keep",) * 4, 2, SMALL),
+    (1, 1, 1, 1, ("recompute",) * 3, 1, WIDE),
+    (1, 1, 1, 1, ("keep",) * 3, 1, WIDE),
+    (2, 2, 1, 1, ("keep",) * 4, 1, SMALL),
+    (2, 1, 2, 1, ("keep",) * 4, 1, SMALL),
+    (4, 2, 2, 1, ("recompute",) * 4, 1, SMALL),
+    (4, 1, 1, 4, ("keep",) * 4, 1, SMALL),
+    (4, 2, 2, 4, ("keep",) * 4, 1, SMALL),
+    (8, 2, 2, 8, ("recompute",) * 4, 1, SMALL),
+]
+
+
+@pytest.mark.parametrize("chosen", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["few", "many"])
+def test_whole_steps_take_what_is_planned(chosen: list[Any]) -> None:
+    """The real model in the layouts of the trainer, on fake process groups; gradients, which come as blocks go, are on either side."""
+    grid = 9, 14, 14
+    cases = [
+        {
+            "gpus": gpus, "parallel": {"ulysses": ulysses, "ring": ring, "fsdp": fsdp}, "policy": policy, "samples": samples,
+            "config": config.model_dump(mode="json"), "grid": grid,
+        }
+        for gpus, ulysses, ring, fsdp, policy, samples, config in chosen
+    ]  # fmt: skip
+    script = Path(__file__).parent / "processes" / "planned_step.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], input=json.dumps(cases), env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for (gpus, ulysses, ring, fsdp, policy, samples, config), real in zip(chosen, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        bucket = Bucket((16 * grid[2], 16 * grid[1]), 1 + 4 * (grid[0] - 1))
+        job = Job(config, (bucket,), micro_batch=samples, precision="fp32")
+        found = memory(job, Degrees(gpus, ulysses, ring, fsdp), policy)  # type: ignore[arg-type]
+        case = f"{gpus} GPUs, ulysses {ulysses}, ring {ring}, fsdp {fsdp}, {policy[0]}, {samples} samples"
+        worked = sum(found.size(name) for name in ("blocks", "backward", "context", "around", "window"))
+        assert worked <= 1.1 * real["peak"], case
+        assert worked + found.size("gradients") >= 0.9 * real["peak"], case
+        assert found.size("parameters") == pytest.approx(real["parameters"], rel=0.02), case
+        assert found.size("gradients") == pytest.approx(real["gradients"], rel=0.02), case
+        assert found.size("optimiser") == pytest.approx(real["moments"], rel=0.02), case
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--model tiny --gpus 8 --ulysses 2 --ring 2 --fsdp 4", "--model wan2.1-t2v-1.3b --gpus 16 --fsdp 16 --ulysses 4"]
+)
+def test_layouts_are_verified_on_a_fake_process_group(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments.split(), "--json", "--verify"]) == 0
+    found = json.loads(capsys.readouterr().out)["verified"]
+    assert found["ratio"] == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.slow
+def test_the_layout_of_the_report_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    """128 processes, a 14B model: about ten seconds."""
+    assert main(["plan", *["--model", "wan2.1-t2v-14b", "--gpus", "128", "--ulysses", "8", "--ring", "2", "--fsdp", "32", "--verify"]]) == 0
+    assert "built on 128 fake processes: rank 0 holds 1.79 GB of parameters, planned 1.79 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("base", ["int8", "fp8", "fp32"])
+def test_a_frozen_base_takes_what_is_planned_for_each_block_swapped(base: Any, tmp_path: Path) -> None:
+    """The law: with each block that is swapped as much less lies on the device, and two are there beside those that stay."""
+    torch.manual_seed(0)
+    config, bucket = of_layers(SMALL, num_layers=6), Bucket((64, 64), 5)
+    WanDiT(config).save_pretrained(tmp_path)
+    here, planned, waiting = [], [], []
+    for swapped in range(1, 7):
+        mode: Any = "stream"  # what is not on the device is in no memory, so that it can be told apart on a CPU
+        quantise, dtype = (None, None) if base == "fp32" else (base, torch.bfloat16)
+        model = load_offloaded(tmp_path, mode, blocks_on_device=6 - swapped, dtype=dtype, quantise=quantise)
+        here.append(sum(value.nbytes for value in model.state_dict().values() if not value.is_meta))
+        device, host, _ = Job(config, (bucket,), lora=4, base=base, swapped=swapped).frozen()
+        planned.append(device)
+        waiting.append(host)
+    steps = [before - after for before, after in pairwise(here)]
+    assert [before - after for before, after in pairwise(planned)] == pytest.approx(steps, rel=0.02)
+    assert [after - before for before, after in pairwise(waiting)] == pytest.approx(steps, rel=0.02)
+    assert planned == pytest.approx([size + 2 * steps[0] for size in here], rel=0.02)
