@@ -19,9 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from wan_train import cli
-from wan_train.data.buckets import Bucket
-from wan_train.data.cache import Cache
+from wan_train.data.buckets import Bucket, Buckets, Budget
+from wan_train.data.cache import BucketOf, Cache
 from wan_train.data.folder import Folder
+from wan_train.data.mix import Mix
+from wan_train.data.sampler import Position, Sampler
+from wan_train.data.shapes import Shapes
 from wan_train.data.tensor_files import TensorFiles, key_of
 from wan_vae.model import WanVAE
 
@@ -297,6 +300,33 @@ def test_a_killed_process_leaves_nothing_half_done_and_its_work_is_taken_up(tmp_
     assert torch.equal(cache.context("prompt 7"), Encoder().encode(["prompt 7"])[0])
 
 
+def test_a_joint_stage_draws_stacks_and_keeps_pictures_films_and_rendered_clips(tmp_path: Path, clips: Path, vae: WanVAE) -> None:
+    mix = Mix({"shapes": Shapes(frames=9, size=(16, 32), length=12), "stills": Shapes(frames=1, length=8, seed=1), "web": Folder(clips)})
+    shapes, cache = Buckets(video=(16, 32), image=(16, 16), frames=(5, 9)), Cache(tmp_path / "cache", vae=vae)
+
+    def bucket(index: int) -> Bucket:
+        return shapes.of(mix.info(index))
+
+    sampler = Sampler(mix.groups({"shapes": 0.5}), bucket, Budget(tokens=12), batch_size=10)
+    micros, following = sampler.step(Position())
+    again, _ = sampler.step(following)
+    assert len(sampler) == 6 + 8 + 6
+    drawn = [index for micro in (*micros, *again) for index in micro.samples]
+    assert len(set(drawn)) == 20
+    assert {index for index in drawn if index >= 12} == set(range(12, 26))
+    for micro in micros:
+        latents = torch.stack([cache.latents(mix, index, micro.bucket) for index in micro.samples])
+        assert latents.shape == (len(micro.samples), 4, 1 + (micro.bucket.frames - 1) // 4, *latents.shape[3:])
+    before = set(cache.files.keys())
+    assert cache.fill(mix, bucket).present == len(before)
+    alone = Cache(tmp_path / "cache", vae=vae)
+    assert alone.fill(Folder(clips), shapes_of(shapes, Folder(clips))).made == 0  # the same files outside the mix
+
+
+def shapes_of(shapes: Buckets, data: Folder) -> BucketOf:
+    return lambda index: shapes.of(data.info(index))
+
+
 # commands
 
 
@@ -385,3 +415,14 @@ def test_validate_takes_recipes(vae_toml: Path, clips: Path, capsys: pytest.Capt
     assert "ftps" in capsys.readouterr().err
     assert run("validate", vae_toml, "data.name=folder", f"data.settings={{path = '{clips}', frames = 5}}") == 0
     assert "6 samples" in capsys.readouterr().out
+
+
+def test_a_recipe_is_cached_beside_its_output(vae_toml: Path, tmp_path: Path, micro_vae: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["cache", vae_toml, f"objective.settings.vae={micro_vae}", "--text-encoder", "none", "--json"]
+    assert run(*words) == 0
+    assert json.loads(capsys.readouterr().out)[0]["made"] == 4
+    assert len(list(TensorFiles(tmp_path / "run" / "cache").keys())) == 4
+    assert run(*words, "--size", "32x16", "--frames", "5") == 0  # another bucket: others are made
+    assert json.loads(capsys.readouterr().out)[0] == {"made": 4, "present": 0, "failed": 0, "failures": []}
+    assert run(*words, "--verify") == 0
+    assert {row["state"]: row["files"] for row in json.loads(capsys.readouterr().out)} == {"present": 4, "missing": 0, "stale": 4}

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from wan_train.data.buckets import Bucket
 from wan_train.data.scenes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, combinations, held_out, sample_scenes, scene_at
 from wan_train.data.shapes import Shapes, render
 from wan_train.plugins import find
@@ -123,3 +124,14 @@ def test_a_shape_in_focus_comes_three_times_as_often_and_the_others_stay_balance
     assert Shapes(focus="star").key() != Shapes().key()
     with pytest.raises(ValueError, match=r"no shape named 'cube' to focus on; there are circle, square, triangle, star"):
         Shapes(focus="cube")
+
+
+def test_an_item_is_rendered_in_any_bucket() -> None:
+    data = Shapes(frames=5, size=(32, 48))
+    assert data.info(3) == (5, 32, 48, 8.0)
+    assert torch.equal(data.clip(3, Bucket(5, 32, 48)), data.video([3])[0])
+    still, larger = data.clip(3, Bucket(1, 32, 48)), data.clip(3, Bucket(9, 64, 96))
+    assert (still.shape, larger.shape) == ((3, 1, 32, 48), (3, 9, 64, 96))
+    halved = torch.nn.functional.avg_pool2d(larger.transpose(0, 1), 2).transpose(0, 1)
+    assert float((halved[:, ::2] - data.clip(3, Bucket(5, 32, 48))).abs().mean()) < 0.03  # the same path in the same clip
+    assert len({data.identity(3), data.identity(4), Shapes(seed=1).identity(3), Shapes(split="heldout").identity(3)}) == 4

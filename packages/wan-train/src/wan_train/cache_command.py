@@ -63,6 +63,8 @@ def _bucket_of(args: argparse.Namespace, given: Source, dataset: Any) -> BucketO
     shapes = buckets(args, given.settings.get("frames", 81))
     if shapes:
         return lambda index: shapes.of(Info(*dataset.info(index)))
+    if given.dataset != "folder":
+        return lambda index: Bucket(*dataset.info(index)[:3])
     size = given.settings.get("size")
     if not size:
         raise ValueError("say what size samples are brought to: --size WxH, or the data set's own setting size = [height, width]")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 from ..config import read_settings
 from . import film
@@ -48,14 +48,19 @@ class FolderSettings(BaseModel):
     on_problem: OnProblem = "strict"
     index: Path | None = None
 
+    @field_validator("path", "index")
+    @classmethod
+    def _expanded(cls, path: Path | None) -> Path | None:
+        return path and path.expanduser()
+
     @property
     def cut(self) -> Cut:
         return Cut(Fraction(self.fps).limit_denominator(100_000), self.frames, self.min_frames, self.overlap)
 
     def scan(self) -> Scan:
         """The samples of the folder as it is now, and all of its problems."""
-        found = FileIndex(self.index and self.index.expanduser())
-        return scan(self.path.expanduser(), self.cut, captions=self.captions == "required", min_side=self.min_side, index=found)
+        needed = self.captions == "required"
+        return scan(self.path, self.cut, captions=needed, min_side=self.min_side, index=FileIndex(self.index))
 
 
 class Folder:
@@ -67,7 +72,7 @@ class Folder:
 
     def __init__(self, path: str | Path, **settings: Any) -> None:
         self.settings = read_settings(FolderSettings, {"path": path, **settings}, "data set 'folder'")
-        self.cut, self.index = self.settings.cut, FileIndex(self.settings.index and self.settings.index.expanduser())
+        self.cut, self.index = self.settings.cut, FileIndex(self.settings.index)
         clips = self.settings.scan().settle(self.settings.on_problem, self.settings.path)
         held = _held_out({clip.file for clip in clips}, self.settings.holdout)
         self.clips = [clip for clip in clips if clip.file not in held]

@@ -10,6 +10,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
+from .buckets import Bucket, Info
 from .captions import caption, evaluation_prompts
 from .scenes import BACKGROUNDS, CAPTION, COLOURS, MOTIONS, SHAPES, SPLITS, Scene, Split, generator, held_out, sample_scenes, scene_at
 
@@ -17,6 +18,7 @@ __all__ = ["SHAPES", "Scene", "Shapes", "Split", "coverage", "held_out", "render
 
 _CHUNK = 16  # clips rendered at once: temporaries stay in the tens of MB
 _CAPTIONS = 16
+FPS = 8.0
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,18 @@ class Shapes:
     def video(self, indices: Iterable[int]) -> Tensor:
         """The clips of some items, [N, 3, frames, height, width] in [-1, 1]."""
         return render(self.scenes(indices), self.frames, self.size)
+
+    def info(self, index: int) -> Info:
+        """Frames, height and width of the data set, and its rate."""
+        return Info(self.frames, *self.size, FPS)
+
+    def clip(self, index: int, bucket: Bucket) -> Tensor:
+        """An item `[3, T, H, W]` rendered in another shape: lengths are fractions of the frame, and the path takes the whole clip."""
+        return render(self.scenes([index]), bucket.frames, (bucket.height, bucket.width))[0]
+
+    def identity(self, index: int) -> str:
+        """What the pixels of an item depend on, besides the bucket."""
+        return f"shapes/1 {self.split} {self.seed} {self.focus} {index}"
 
     def captions(self, index: int) -> list[str]:
         """16 captions of an item; a quarter of all leave the background out."""
