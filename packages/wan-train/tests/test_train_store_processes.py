@@ -78,7 +78,7 @@ def test_a_run_that_is_taken_up_makes_the_same_bits(group: Group, tmp_path: Path
     assert same_bits(halves[1][0]["end"], whole[0]["end"])
 
 
-@pytest.mark.parametrize("kind", ["mlp", "dit"])
+@pytest.mark.parametrize("kind", ["mlp", "copies of shards", pytest.param("dit", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_other_numbers_of_processes(group: Group, tmp_path: Path, kind: str) -> None:
     alone = group(1, stretch, kind, str(tmp_path / "alone"), 12)[0]
     parts = [group(size, stretch, kind, str(tmp_path / "parts"), 3, seed)[0] for seed, size in enumerate((4, 2, 3, 1))]

@@ -58,7 +58,8 @@ class Training:
     def __init__(self, kind: str, seed: int = 0) -> None:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         torch.manual_seed(seed)
-        mesh = init_device_mesh("cpu", (self.size,)) if self.size > 1 else None
+        sizes = (2, self.size // 2) if kind == "copies of shards" and self.size == 4 else (self.size,)
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :]) if self.size > 1 else None
         self.kind = kind
         if kind == "dit":
             self.model: Any = WanDiT(DIT).train()
