@@ -124,7 +124,7 @@ def test_a_full_disk_is_warned_of_and_the_run_goes_on(group: Group, tmp_path: Pa
         assert left == [".lock", folder_name(1), folder_name(3)]
     told = [line for line in answers[0][1] if "step" in line]
     assert len(told) == 1
-    assert re.search(r"checkpoint of step 2 could not be written \(.*\); the last one is of step 1", told[0])
+    assert re.search(r"checkpoint of step 2 could not be written \(.*File too large.*\); the last one is of step 1", told[0])
     assert not [line for line in answers[-1][1] if "step" in line] or size == 1, "rank 0 tells"
 
 

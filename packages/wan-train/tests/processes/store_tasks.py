@@ -192,7 +192,7 @@ def full_disk(folder: str, failing: int) -> tuple[list[bool], list[str], list[st
                 training.step()
                 limit = 1000 if index == 1 and training.rank == failing else resource.RLIM_INFINITY
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-                store.save(training.done, training.state())
+                store.save(training.done, {**training.state(), "larger than a buffer": torch.zeros(50_000)})
                 outcomes.append(store.wait())
     return outcomes, [str(warning.message) for warning in told], sorted(path.name for path in Path(folder).iterdir())
 

@@ -44,7 +44,12 @@ class Writer(FileSystemWriter):
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         failpoint("staged")
-        written = super().write_data(plan, planner)
+        try:
+            written = super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, which torch.save tells as a wrong position
+                raise error.__context__ from None
+            raise
         failpoint("shards")
         return written
 
