@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -21,6 +21,7 @@ from wan_dit.guidance import guided_velocity
 from ..config import read_settings
 from ..parts import check_clips, fresh
 from ..plugins import find
+from .timesteps import TimestepSettings, draw_sigmas, loss_weights
 
 if TYPE_CHECKING:
     import pluggy
@@ -28,32 +29,28 @@ if TYPE_CHECKING:
     from ..contracts import Dataset, Draw
 
 
-class FlowSettings(BaseModel):
+class FlowSettings(TimestepSettings):
     """backbone, text_encoder, vae, scheduler: parts by name; the VAE is frozen and its latents are cached.
 
     init: `random` or `pretrained`, for the backbone and a trained text encoder; architecture: fields of the backbone's config
     train_text_encoder: trains it together with the backbone; otherwise it is frozen and its output cached
     tokenizer: pieces of a tokenizer that is first trained on the captions, 0 to keep the encoder's own
     clips: clips encoded once, 0 for the whole data set
-    shift, logit_mean, logit_std: sigma = shifted sigmoid of a normal draw
     text_drop: share of samples that are trained on the empty prompt, for classifier-free guidance
     preview_*: how previews and validation figures are sampled
+    noise levels: `wan_train.objectives.timesteps`
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     backbone: str = "tiny"
     text_encoder: str = "tiny"
     vae: str = "tiny"
     scheduler: str = "unipc"
     init: str = "random"
-    architecture: dict[str, Any] = {}
-    text_architecture: dict[str, Any] = {}
+    architecture: dict[str, Any] = Field(default_factory=dict)
+    text_architecture: dict[str, Any] = Field(default_factory=dict)
     train_text_encoder: bool = False
     tokenizer: int = Field(0, ge=0)
     clips: int = Field(0, ge=0)
-    shift: float = Field(3.0, gt=0)
-    logit_mean: float = 0.0
-    logit_std: float = Field(1.0, ge=0)
     text_drop: float = Field(0.1, ge=0, le=1)
     preview_prompts: int = Field(60, gt=0)
     preview_steps: int = Field(15, gt=0)
@@ -152,13 +149,11 @@ class RectifiedFlow:
         share = sigma.view(-1, 1, 1, 1, 1)
         context = self.backbone.encode_context(self.embed(batch.prompts))
         velocity = self.backbone((1 - share) * clean + share * noise, 1000 * sigma, context)
-        return (velocity.float() - (noise - clean)).square().flatten(1).mean(1), {}
+        error = (velocity.float() - (noise - clean)).square().flatten(1).mean(1)
+        return error * loss_weights(self.settings, sigma), {"error": error.detach(), "sigma": sigma}
 
     def sigmas(self, count: int, generator: torch.Generator) -> Tensor:
-        """Logit-normal draws, shifted: s u / (1 + (s - 1) u)."""
-        settings = self.settings
-        u = torch.sigmoid(settings.logit_mean + settings.logit_std * torch.randn(count, generator=generator))
-        return settings.shift * u / (1 + (settings.shift - 1) * u)
+        return draw_sigmas(self.settings, count, generator)
 
     def embed(self, prompts: list[str]) -> list[Tensor]:
         """Context tokens: with gradients where the encoder is trained, else each prompt encoded once."""
