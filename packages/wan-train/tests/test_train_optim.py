@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from wan_train.config import OptimiserConfig
+from wan_train.config import OptimiserConfig, PlateauConfig
 from wan_train.optim import EMA, Optimiser, gradient_norm
+from wan_train.plateau import Plateau
 
 
 def weight(*shape: int, seed: int = 0) -> nn.Parameter:
@@ -161,3 +162,34 @@ def test_buffers_are_those_of_the_weights() -> None:
     ema.update(0)
     assert torch.equal(ema.state["part"]["running_mean"], live.running_mean)
     assert live.running_mean.abs().min() > 0.1
+
+
+def test_the_rate_falls_on_a_plateau_and_the_state_goes_on() -> None:
+    plateau = Plateau(PlateauConfig(figure="val", patience=1, factor=0.5, floor=0.2))
+    shares = []
+    for value in (1.0, 2.0, 2.0, 1.5, 1.9, 1.9, 2.5, 2.0, 2.0, 2.0, 2.0, 2.0):
+        kept = Plateau(plateau.config)
+        kept.load(plateau.state())
+        plateau = kept  # as after a resume
+        plateau.see({"val": value})
+        shares.append(plateau.share)
+    assert shares == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.2, 0.2, 0.2, 0.2]
+    assert plateau.spent
+    with pytest.raises(ValueError, match=r"optimiser\.plateau\.figure 'val' is not measured: there are other"):
+        plateau.see({"other": 1.0})
+
+
+def test_a_plateau_of_a_figure_that_should_fall() -> None:
+    plateau = Plateau(PlateauConfig(figure="loss", better="lower", patience=0, least=0.1))
+    for value, share in ((1.0, 1.0), (0.8, 1.0), (0.75, 0.5), (0.6, 0.5)):
+        plateau.see({"loss": value})
+        assert plateau.share == share
+
+
+def test_a_plateau_multiplies_the_schedule() -> None:
+    optimiser = Optimiser(config(plateau={"figure": "val", "patience": 0}), [{"params": [weight(2, 2)]}], 10)
+    assert optimiser.plateau is not None
+    before = optimiser.rate(3)
+    optimiser.plateau.see({"val": 1.0})
+    optimiser.plateau.see({"val": 1.0})
+    assert optimiser.rate(3) == before * 0.5

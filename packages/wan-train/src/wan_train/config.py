@@ -24,12 +24,29 @@ class PartConfig(_Section):
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
+class PlateauConfig(_Section):
+    """Lower the rate where a figure of the previews has not got better.
+
+    figure: such as `val_all_right` or `val_psnr`; better: which way is
+    patience: previews that are waited for; least: what counts as better
+    factor: what the rate is then multiplied by; floor: the least share of the peak
+    """
+
+    figure: str
+    better: Literal["higher", "lower"] = "higher"
+    patience: int = Field(default=2, ge=0)
+    least: float = Field(default=0.0, ge=0)
+    factor: float = Field(default=0.5, gt=0, lt=1)
+    floor: float = Field(default=0.01, gt=0, le=1)
+
+
 class OptimiserConfig(_Section):
     """AdamW on everything, or Muon on the matrices an objective marks for it and AdamW on the rest.
 
     lr, muon_lr: peak rates
     schedule: `constant`, or `cosine` from `hold` (a share of the run) down to `final` (a share of the peak)
     warmup: steps of linear warm-up
+    plateau: lowers the rate of either schedule further where a validation figure stands still
     clip: largest gradient norm, 0 for none
     """
 
@@ -42,6 +59,7 @@ class OptimiserConfig(_Section):
     hold: float = Field(default=0.0, ge=0, lt=1)
     final: float = Field(default=0.05, ge=0, le=1)
     warmup: int = Field(default=0, ge=0)
+    plateau: PlateauConfig | None = None
     clip: float = Field(default=1.0, ge=0)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from wan_dit.parallel.sequence import check_heads, sequence_parallel
 
 from .config import ParallelConfig
 
+T = TypeVar("T")
 BUCKET = 32 * 2**20  # bytes of gradients that are averaged at a time
 
 
@@ -116,6 +117,13 @@ class Layout:
             dist.all_gather_object(gathered, found, group=group)
             found = [batch for part in gathered for batch in part]
         return [batch for turn in zip(*found, strict=True) for batch in turn]
+
+    def from_first(self, value: T) -> T:
+        """What the first process has, on all."""
+        held = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(held)
+        return held[0]
 
     def barrier(self) -> None:
         if self.world > 1:

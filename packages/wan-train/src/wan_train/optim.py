@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from .config import OptimiserConfig
 from .copies import State, local, named
+from .plateau import Plateau
 
 
 class Optimiser:
@@ -22,6 +23,7 @@ class Optimiser:
 
     def __init__(self, config: OptimiserConfig, groups: list[dict[str, Any]], steps: int) -> None:
         self.config, self.steps = config, steps
+        self.plateau = Plateau(config.plateau) if config.plateau else None
         self.params = [param for group in groups for param in group["params"]]
         chosen = [param for group in groups if group.get("muon") and config.name == "muon" for param in group["params"]]
         if any(isinstance(param, DTensor) for param in chosen):
@@ -42,7 +44,7 @@ class Optimiser:
         if config.schedule == "cosine" and progress > config.hold:
             bend = (progress - config.hold) / (1 - config.hold)
             share *= config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * bend))
-        return share
+        return share * (self.plateau.share if self.plateau else 1.0)
 
     def step(self, step: int, norm: float) -> None:
         """Clip gradients of this norm, update the weights, and clear the gradients."""

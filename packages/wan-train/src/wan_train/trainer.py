@@ -24,8 +24,11 @@ from .order import Order
 from .plugins import find, plugin_manager
 from .randomness import generator
 from .store import Guard, Signals, Store, Verdict, restore, training_state
+from .store.averages import Averages, timestep_key
 from .store.guard import Limits
 from .store.manifest import steps
+from .store.ranks import Ranks
+from .store.stragglers import StepTimes
 from .tracker import Silent, Tracker
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ class Trainer:
         self.ema = EMA(modules, config.ema)
         self.order = Order(self.objective.samples, config.seed)
         self.guard = Guard(Limits(**config.guard.model_dump()))
+        self.ranks, self.by_level, self.times = Ranks(), Averages(), StepTimes()
         self.step = self.taken = 0  # steps, and the samples that they took
 
     def run(self, *, resume: bool = False, overwrite: bool = False, progress: bool = False, until: int | None = None) -> Path:
@@ -85,7 +89,7 @@ class Trainer:
                     bar.update(self.step - bar.n)
                     if _due(self.step, config.log_every, last):
                         bar.set_postfix(loss=f"{figures['loss']:.4f}")
-                        tracker.log(self.step, figures)
+                        tracker.log(self.step, {**figures, **self._since_last()})
                     if _due(self.step, config.preview_every, config.steps):
                         self._preview(tracker)
                     code = signals.exit_code(self.layout.mesh)
@@ -112,13 +116,21 @@ class Trainer:
         if not self.layout.is_main:
             self.objective.prepare()
 
+    def _since_last(self) -> dict[str, float]:
+        """Figures of the steps since they were last asked for: the loss by noise level and, of several processes, who is slow."""
+        by_level = self.by_level.reduced(self.ranks)
+        return by_level if self.layout.world == 1 else {**by_level, **self.times.figures(self.ranks)}
+
     def _preview(self, tracker: Tracker) -> None:
-        modules = self.averaged()
+        """Sample with the averaged weights; the figures reach every process, since the rate may depend on them."""
+        modules, measured = self.averaged(), dict[str, float]()
         if self.layout.is_main:
             clips, measured = self.objective.preview(modules)
             tracker.log(self.step, measured)
             tracker.grid(self.step, clips)
-        self.layout.barrier()
+        measured = self.layout.from_first(measured)
+        if self.optimiser.plateau is not None:
+            self.optimiser.plateau.see(measured)
 
     def _train_step(self, store: Store | None = None) -> dict[str, float]:
         """One step; without a store, from which it could be taken back, one that went wrong ends the run."""
@@ -141,7 +153,7 @@ class Trainer:
 
     def _gradients(self, samples: Sequence[int], progress: float) -> dict[str, float]:
         """Leave the gradient of the mean loss of the samples; returns the loss and the mean figures."""
-        config, count = self.config, len(samples)
+        config, count, start = self.config, len(samples), time.perf_counter()
         sums: dict[str, Tensor] = {"loss": torch.zeros((), dtype=torch.float64)}
         turns = self._batches(samples, partial(_draw, config.seed, self.step), progress)
         for i, (batch, weight) in enumerate(turns):
@@ -151,8 +163,11 @@ class Trainer:
             ):
                 losses, facts = self.objective.losses(batch)
             (losses.sum() * (weight * self.layout.data_ranks / count)).backward()
+            if weight and (levels := facts.pop("sigma", None)) is not None:
+                self.by_level.add([timestep_key(level) for level in levels.tolist()], losses.detach().tolist())
             for name, values in {"loss": losses.detach(), **facts}.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + weight * values.double().sum().cpu()
+        self.times.add(time.perf_counter() - start)
         self.layout.average(self.optimiser.params)
         return {name: float(self.layout.total(value)) / count for name, value in sums.items()}
 
@@ -193,8 +208,14 @@ class Trainer:
         """Everything a resume needs, as tensors that the store fills in place, and plain values."""
         return training_state(
             self.objective.modules, [optimiser for optimiser, _ in self.optimiser.parts], ema=self.ema.state if self.config.ema else {},
-            views=self.optimiser.matrices, values={"step": self.step, "taken": self.taken, "guard": self.guard.state()},
+            views=self.optimiser.matrices, values=self._values(),
         )  # fmt: skip
+
+    def _values(self) -> dict[str, Any]:
+        plateau = self.optimiser.plateau
+        return {
+            "step": self.step, "taken": self.taken, "guard": self.guard.state(), "plateau": plateau.state() if plateau else {},
+        }  # fmt: skip
 
     def _take_up(self, store: Store) -> None:
         """Go on where the newest checkpoint left; ValueError where there is none, or it is of another recipe."""
@@ -210,6 +231,8 @@ class Trainer:
         values = restore(state, [optimiser for optimiser, _ in self.optimiser.parts])
         store.restore_rng(step)
         self.guard.load(values["guard"])
+        if self.optimiser.plateau is not None:
+            self.optimiser.plateau.load(values["plateau"])
         self.step, self.taken = values["step"], values["taken"]
 
     def _check_folder(self, folder: Path, resume: bool, overwrite: bool) -> None:
