@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,13 @@ def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path, capsys:
     shard.write_bytes(content)
     assert main(["export", str(run), str(tmp_path / "out"), "--to", "own", "--step", "2"]) == 2
     assert "__0_0.distcp' is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_package_that_is_not_installed_is_named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setitem(sys.modules, "wan_text.config", None)
+    assert main(["export", str(run), str(tmp_path / "out"), "--to", "own"]) == 2
+    assert "part 'text_encoder' is of wan-text, which is not installed: pip install wan-text" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

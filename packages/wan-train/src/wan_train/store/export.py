@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +125,7 @@ def _write_vae(part: Part, out: Path, layout: str, dtype: torch.dtype | None) ->
 
 
 def _write_text_encoder(part: Part, out: Path, layout: str, dtype: torch.dtype | None) -> None:
-    from wan_text import export
-
+    export: Any = import_module("wan_text.export")  # no dependency of wan-train; `read_parts` has told where it is not installed
     save = {"own": export.save_wan, "official": export.save_official, "diffusers": export.save_hugging_face, "comfy": export.save_comfy}
     state = {key.removeprefix("umt5."): value for key, value in part.state.items()}
     save[layout](part.config, state, part.files["spiece.model"], out, dtype or export.own_dtype(state))

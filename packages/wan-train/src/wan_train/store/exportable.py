@@ -66,6 +66,9 @@ def _read(checkpoint: Path, name: str, values: dict[str, Any], ema: bool) -> Par
     module, attribute = CONFIGS[target].split(":")
     try:
         config = getattr(import_module(module), attribute).model_validate_json(written)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0].replace("_", "-")
+        raise LookupError(f"part '{name}' is of {package}, which is not installed: pip install {package}") from error
     except ValidationError as error:
         raise ValueError(f"'{checkpoint}', config of part '{name}': {explain(error)}") from error
     state = shards.read_whole(checkpoint, f"{'ema' if ema else 'modules'}/{name}/")
