@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -91,7 +92,9 @@ def read_into(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGr
         if (shape := there[key][0]) != tuple(value.shape):
             raise ValueError(f"'{folder}' holds '{key}' as {list(shape)}, the run has {list(value.shape)}: it is of other settings")
     if tensors:
-        dcp_load(dict(tensors), storage_reader=Reader(folder), process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is no mistake
+            dcp_load(dict(tensors), storage_reader=Reader(folder), process_group=group, no_dist=group is None)
 
 
 def read_whole(folder: Path, prefix: str) -> dict[str, Tensor]:
