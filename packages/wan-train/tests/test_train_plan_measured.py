@@ -18,15 +18,21 @@ from wan_dit.config import I2V_14B, T2V_1_3B, T2V_14B, TI2V_5B, VACE_1_3B, DiTCo
 from wan_dit.contracts import Conditioning
 from wan_dit.model import WanDiT
 from wan_dit.offload import load_offloaded
+from wan_dit.rope import rope_table
+from wan_dit.swap import is_linear
 from wan_train.cli import main
+from wan_train.config import MemoryConfig
+from wan_train.memory import apply_policy
 from wan_train.planning.degrees import Degrees
 from wan_train.planning.job import Bucket, Job, Precision
 from wan_train.planning.measured import Saved, block_bytes_per_token, gamma
 from wan_train.planning.memory import memory
 from wan_train.planning.saved import KEPT, PER_SAMPLE
 from wan_train.planning.work import flops
+from wan_vae.footprint import Meter
 
 SMALL = DiTConfig(dim=256, ffn_dim=768, num_heads=4, num_layers=4, text_dim=64, text_len=64)
+HEAVY = DiTConfig(dim=768, ffn_dim=1536, num_heads=6, num_layers=4, text_dim=64, text_len=64)
 WIDE = DiTConfig(dim=128, ffn_dim=1024, num_heads=4, num_layers=3, text_dim=32, text_len=32)
 
 
@@ -111,22 +117,26 @@ def test_a_real_model_keeps_what_is_planned(recomputed: int, precision: torch.dt
 
 
 FAST = [
-    # gpus, ulysses, ring, fsdp, policy, samples, config
-    (1, 1, 1, 1, ("keep",) * 4, 1, SMALL),
-    (4, 2, 2, 4, ("recompute", "recompute", "keep", "keep"), 1, SMALL),
+    # gpus, ulysses, ring, fsdp, policy, samples, config, precision
+    (1, 1, 1, 1, ("keep",) * 4, 1, SMALL, "fp32"),
+    (4, 2, 2, 4, ("recompute", "recompute", "keep", "keep"), 1, SMALL, "fp32"),
 ]
 SLOW = [
-    (1, 1, 1, 1, ("recompute",) * 4, 1, SMALL),
-    (1, 1, 1, 1, ("recompute", "recompute", "keep", "keep"), 1, SMALL),
-    (1, 1, 1, 1, ("keep",) * 4, 2, SMALL),
-    (1, 1, 1, 1, ("recompute",) * 3, 1, WIDE),
-    (1, 1, 1, 1, ("keep",) * 3, 1, WIDE),
-    (2, 2, 1, 1, ("keep",) * 4, 1, SMALL),
-    (2, 1, 2, 1, ("keep",) * 4, 1, SMALL),
-    (4, 2, 2, 1, ("recompute",) * 4, 1, SMALL),
-    (4, 1, 1, 4, ("keep",) * 4, 1, SMALL),
-    (4, 2, 2, 4, ("keep",) * 4, 1, SMALL),
-    (8, 2, 2, 8, ("recompute",) * 4, 1, SMALL),
+    (1, 1, 1, 1, ("recompute",) * 4, 1, SMALL, "fp32"),
+    (1, 1, 1, 1, ("recompute", "recompute", "keep", "keep"), 1, SMALL, "fp32"),
+    (1, 1, 1, 1, ("keep",) * 4, 2, SMALL, "fp32"),
+    (1, 1, 1, 1, ("recompute",) * 3, 1, WIDE, "fp32"),
+    (1, 1, 1, 1, ("keep",) * 3, 1, WIDE, "fp32"),
+    (2, 2, 1, 1, ("keep",) * 4, 1, SMALL, "fp32"),
+    (2, 1, 2, 1, ("keep",) * 4, 1, SMALL, "fp32"),
+    (4, 2, 2, 1, ("recompute",) * 4, 1, SMALL, "fp32"),
+    (4, 1, 1, 4, ("keep",) * 4, 1, SMALL, "fp32"),
+    (4, 2, 2, 4, ("keep",) * 4, 1, SMALL, "fp32"),
+    (8, 2, 2, 8, ("recompute",) * 4, 1, SMALL, "fp32"),
+    (1, 1, 1, 1, ("keep",) * 4, 1, HEAVY, "autocast"),
+    (1, 1, 1, 1, ("recompute",) * 4, 1, HEAVY, "autocast"),
+    (4, 1, 1, 4, ("recompute",) * 4, 1, HEAVY, "autocast"),
+    (4, 2, 1, 4, ("recompute",) * 2 + ("keep",) * 2, 1, HEAVY, "autocast"),
 ]
 
 
@@ -137,21 +147,23 @@ def test_whole_steps_take_what_is_planned(chosen: list[Any]) -> None:
     cases = [
         {
             "gpus": gpus, "parallel": {"ulysses": ulysses, "ring": ring, "fsdp": fsdp}, "policy": policy, "samples": samples,
-            "config": config.model_dump(mode="json"), "grid": grid,
+            "config": config.model_dump(mode="json"), "grid": grid, "precision": precision,
         }
-        for gpus, ulysses, ring, fsdp, policy, samples, config in chosen
+        for gpus, ulysses, ring, fsdp, policy, samples, config, precision in chosen
     ]  # fmt: skip
     script = Path(__file__).parent / "processes" / "planned_step.py"
     done = subprocess.run(
         [sys.executable, str(script)], input=json.dumps(cases), env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    for (gpus, ulysses, ring, fsdp, policy, samples, config), real in zip(chosen, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    for (gpus, ulysses, ring, fsdp, policy, samples, config, precision), real in zip(
+        chosen, json.loads(done.stdout.splitlines()[-1]), strict=True
+    ):
         bucket = Bucket((16 * grid[2], 16 * grid[1]), 1 + 4 * (grid[0] - 1))
-        job = Job(config, (bucket,), micro_batch=samples, precision="fp32")
+        job = Job(config, (bucket,), micro_batch=samples, precision=precision)
         found = memory(job, Degrees(gpus, ulysses, ring, fsdp), policy)  # type: ignore[arg-type]
-        case = f"{gpus} GPUs, ulysses {ulysses}, ring {ring}, fsdp {fsdp}, {policy[0]}, {samples} samples"
-        worked = sum(found.size(name) for name in ("blocks", "backward", "context", "around", "window"))
+        case = f"{gpus} GPUs, ulysses {ulysses}, ring {ring}, fsdp {fsdp}, {policy[0]}, {samples} samples, {precision}"
+        worked = sum(found.size(name) for name in ("blocks", "backward", "context", "around", "window", "copies"))
         assert worked <= 1.1 * real["peak"], case
         assert worked + found.size("gradients") >= 0.9 * real["peak"], case
         assert found.size("parameters") == pytest.approx(real["parameters"], rel=0.02), case
@@ -194,3 +206,35 @@ def test_a_frozen_base_takes_what_is_planned_for_each_block_swapped(base: Any, t
     assert [before - after for before, after in pairwise(planned)] == pytest.approx(steps, rel=0.02)
     assert [after - before for before, after in pairwise(waiting)] == pytest.approx(steps, rel=0.02)
     assert planned == pytest.approx([size + 2 * steps[0] for size in here], rel=0.02)
+
+
+@pytest.mark.parametrize("choice", ["keep", "recompute"])
+@pytest.mark.parametrize("base", ["int8", "fp32"])
+def test_a_step_of_a_lora_takes_what_is_planned(base: Any, choice: Any, tmp_path: Path) -> None:
+    """Adapters on a frozen model; in 8 bits with all blocks swapped, whose weights are made again for each forward and recomputation."""
+    torch.manual_seed(0)
+    WanDiT(SMALL).save_pretrained(tmp_path)
+    mode: Any = "none" if base == "fp32" else "stream"
+    quantise, dtype = (None, torch.float32) if base == "fp32" else (base, torch.bfloat16)
+    model = load_offloaded(tmp_path, mode, dtype=dtype, quantise=quantise).requires_grad_(False)
+    adapters = [weight for block in model.trunk.blocks for layer in block.modules() if is_linear(layer) for weight in _adapted(layer, 4)]
+    apply_policy(model, MemoryConfig(policy=choice))
+    grid, bucket = (9, 14, 14), Bucket((224, 224), 33)
+    latents, text = torch.randn(1, 16, grid[0], 2 * grid[1], 2 * grid[2]), [torch.randn(64, 64)]
+    rope_table.cache_clear()
+    here = [value for value in model.state_dict().values() if not value.is_meta]
+    with Meter([*adapters, *here, latents, *text]) as meter:
+        model(latents, torch.tensor([500.0]), model.encode_context(text)).square().mean().backward()
+    job = Job(SMALL, (bucket,), lora=4, base=base, swapped=4 * (base == "int8"), precision="fp32" if base == "fp32" else "bf16")
+    found = memory(job, Degrees(), (choice,) * 4)
+    assert sum(weight.numel() for weight in adapters) == job.trained
+    assert all(weight.grad is not None for weight in adapters)
+    assert sum(found.size(name) for name in ("blocks", "backward", "context", "around")) == pytest.approx(meter.peak, rel=0.1)
+
+
+def _adapted(layer: Any, rank: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    """A LoRA on a linear layer, by a hook."""
+    down = torch.nn.Parameter(torch.randn(rank, layer.in_features))
+    up = torch.nn.Parameter(torch.zeros(layer.out_features, rank))
+    layer.register_forward_hook(lambda _, given, out: out + given[0] @ down.T.to(given[0].dtype) @ up.T.to(given[0].dtype))
+    return down, up

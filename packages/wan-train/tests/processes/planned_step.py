@@ -34,7 +34,10 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     text = [torch.randn(config.text_len, config.text_dim) for _ in range(count)]
     rope_table.cache_clear()
     with Meter([*(local(each.detach()) for each in model.parameters()), latents, times, *text]) as meter:
-        model(latents, times, model.encode_context(text)).square().mean().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=case["precision"] == "autocast"):
+            velocity = model(latents, times, model.encode_context(text))
+        velocity.square().mean().backward()
+        del velocity
     optimiser = torch.optim.AdamW(model.parameters(), foreach=False)
     optimiser.step()
     moments = (local(value) for state in optimiser.state.values() for name, value in state.items() if name != "step")

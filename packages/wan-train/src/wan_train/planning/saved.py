@@ -26,12 +26,15 @@ class Kept:
 
 
 KEPT = {"fp32": Kept(80, 8, context=16), "bf16": Kept(62, 4), "autocast": Kept(66, 4)}
+ADAPTED = {  # under a LoRA: no gradients of gates, modulations and the gains of norms, so less is kept for them
+    "fp32": Kept(60, 8, context=12), "bf16": Kept(42, 4, context=8), "autocast": Kept(46, 4, context=8),
+}  # fmt: skip
 PER_SAMPLE = 8.0  # more for each token and channel where every sample has its own time: the two norms without scale and shift
 
 
 def kept(job: Job, gamma: float | None = None) -> Kept:
     """Of a job; gamma: bytes of a whole block for each token and channel, measured elsewhere, in place of those counted."""
-    found = KEPT[job.precision]
+    found = (ADAPTED if job.lora else KEPT)[job.precision]
     return found if gamma is None else Kept(gamma, 0.0, found.boundary, found.context)
 
 
@@ -51,7 +54,8 @@ def block_bytes(job: Job, shape: Shape, counts: Kept, *, ulysses: bool = False) 
     each += PER_SAMPLE * d if job.times else 0
     each += job.width * d if ulysses else 0  # attention's result, before and after its heads come home
     each += 8 * job.lora * job.width
-    unpacked = 2 * job.block_parameters if job.base in ("fp8", "int8") else 0  # made for the product, and kept for its gradient
+    brought = job.base in ("fp8", "int8") or job.swapped  # weights made or fetched for a product, and kept for its gradient
+    unpacked = job.width * job.block_parameters if brought else 0
     return shape.own * each + unpacked
 
 
@@ -77,7 +81,7 @@ def around_bytes(job: Job, shape: Shape) -> float:
     d, config = job.config.dim, job.config
     each = 16 * (config.in_dim + 2 * config.out_dim) + 4 * config.head_dim
     split = 4 * d if shape.own < shape.whole else 0
-    made = 4 * (7 * d * d + config.freq_dim * d) if job.precision == "bf16" else 0  # weights of the time layers, in fp32
+    made = 4 * (7 * d * d + config.freq_dim * d) if job.precision == "bf16" and not job.lora else 0  # weights of the time layers, in fp32
     return shape.whole * (each + split) - shape.own * split + made
 
 
