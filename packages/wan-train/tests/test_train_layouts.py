@@ -78,7 +78,7 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Group:
     """`group(size, task, *arguments)`: the answers of so many processes, by rank."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "wan_train.trainer"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "wan_train.trainer"])
 
     def start(size: int, task: Callable[..., Any], *given: Any) -> list[Any]:
         out = context.Queue()
