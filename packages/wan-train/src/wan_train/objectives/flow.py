@@ -16,12 +16,16 @@ from tqdm import tqdm
 from wan_dit._shared.files import replacing
 from wan_dit._shared.weights import fingerprint
 from wan_dit.compat import check
+from wan_dit.contracts import Conditioning
 from wan_dit.guidance import guided_velocity
 
 from ..config import read_settings
 from ..parts import check_clips, fresh
 from ..plugins import find
+from .adapters import LoraSettings, TrainedLora
+from .conditioning import Task, check_task, conditioning_of, joined, moved, with_input_channels
 from .timesteps import TimestepSettings, draw_sigmas, loss_weights
+from .trained import Choice, ContextEmbedder, Trained, WholeBackbone
 
 if TYPE_CHECKING:
     import pluggy
@@ -29,10 +33,16 @@ if TYPE_CHECKING:
     from ..contracts import Dataset, Draw
 
 
+PREVIEWED = 20  # clips that are sampled at a time
+
+
 class FlowSettings(TimestepSettings):
     """backbone, text_encoder, vae, scheduler: parts by name; the VAE is frozen and its latents are cached.
 
-    init: `random` or `pretrained`, for the backbone and a trained text encoder; architecture: fields of the backbone's config
+    init: `random` or `pretrained`, for the backbone and a trained text encoder
+    architecture: fields of the config of a random backbone; of a pretrained one `in_dim` alone, which adds inputs of weight zero
+    train: `all` of the backbone, a `lora` beside it, or its `context_embedder` for another text encoder
+    task: which frames are known besides the text: `t2v` none, `i2v`, `flf2v`, `continuation`, `mixed`, or what `vace` backbones take
     train_text_encoder: trains it together with the backbone; otherwise it is frozen and its output cached
     tokenizer: pieces of a tokenizer that is first trained on the captions, 0 to keep the encoder's own
     clips: clips encoded once, 0 for the whole data set
@@ -48,6 +58,9 @@ class FlowSettings(TimestepSettings):
     init: str = "random"
     architecture: dict[str, Any] = Field(default_factory=dict)
     text_architecture: dict[str, Any] = Field(default_factory=dict)
+    train: Choice = "all"
+    lora: LoraSettings = LoraSettings()
+    task: Task = "t2v"
     train_text_encoder: bool = False
     tokenizer: int = Field(0, ge=0)
     clips: int = Field(0, ge=0)
@@ -59,12 +72,13 @@ class FlowSettings(TimestepSettings):
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """Samples of a step: latents and noise `[B, C, T', H', W']`, noise levels `[B]`, prompts."""
+    """Samples of a step: latents and noise `[B, C, T', H', W']`, noise levels `[B]`, prompts, and known frames where the task has them."""
 
     clean: Tensor
     noise: Tensor
     sigma: Tensor
     prompts: list[str]
+    conditioning: Conditioning | None = None
 
 
 class RectifiedFlow:
@@ -72,19 +86,20 @@ class RectifiedFlow:
 
     def __init__(self, settings: dict[str, Any], dataset: Dataset, folder: Path, device: str, pm: pluggy.PluginManager) -> None:
         self.settings = s = read_settings(FlowSettings, settings, "objective.settings")
-        if (s.tokenizer or s.text_architecture) and (s.init != "random" or not s.train_text_encoder):
-            raise ValueError("tokenizer and text_architecture are of a text encoder trained from random weights: set train_text_encoder")
+        _check(s)
         self.dataset, self.folder, self.device = dataset, folder, device
         names = {"backbone": s.backbone, "vae": s.vae, "text_encoder": s.text_encoder}
         specs = {kind: find(f"wan_{kind}s", name, pm) for kind, name in names.items()}
-        if not s.architecture and not s.text_architecture:
+        if not s.architecture and not s.text_architecture and s.train != "context_embedder":
             check(specs["backbone"], specs["vae"], specs["text_encoder"], pm=pm)
         self.scheduler = find("wan_schedulers", s.scheduler, pm).load()
-        self.backbone = fresh(specs["backbone"], s.init, s.architecture, device)
-        self.modules: dict[str, nn.Module] = {"backbone": self.backbone}
+        self.backbone = _backbone(specs["backbone"], s, device)
+        self.trained = _trained(self.backbone, s, specs["text_encoder"])
+        self.modules: dict[str, nn.Module] = dict(self.trained.modules)
         if s.train_text_encoder:
             self.text_encoder = self.modules["text_encoder"] = self._trained_text_encoder(specs["text_encoder"])
         check(self.backbone.spec, specs["vae"], self.text_encoder.spec if s.train_text_encoder else specs["text_encoder"], pm=pm)
+        check_task(s.task, self.backbone.spec)
         (time, *sides), (_, *patch), clips = specs["vae"].stride, self.backbone.spec.patch, dataset.video([0])
         check_clips(clips, (time, *(side * p for side, p in zip(sides, patch, strict=True))), *clips.shape[2:])
         if not s.train_text_encoder:
@@ -101,13 +116,10 @@ class RectifiedFlow:
         return encoder
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Muon may train the matrices of the blocks only; embeddings, head and text encoder stay with AdamW (docs/tiny-models.md)."""
-        named = list(self.backbone.named_parameters())
-        matrices = [param for name, param in named if ".blocks." in f".{name}" and param.ndim == 2]
-        chosen = {id(param) for param in matrices}
-        rest = [param for _, param in named if id(param) not in chosen]
+        """Those of what is trained of the backbone; a text encoder stays with AdamW (docs/tiny-models.md)."""
+        *groups, last = self.trained.parameter_groups()
         text = list(self.text_encoder.parameters()) if self.settings.train_text_encoder else []
-        return [{"params": matrices, "muon": True}, {"params": rest + text}]
+        return [*groups, {**last, "params": last["params"] + text}]
 
     def prepare(self) -> None:
         """Encode the clips once; the cache is keyed by the VAE's weights and config (the normaliser) and by the data set."""
@@ -136,7 +148,22 @@ class RectifiedFlow:
         clean = self.latents[list(samples)]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=draw(sample, "noise")) for sample in samples])
         sigma = torch.cat([self.sigmas(1, draw(sample, "sigma")) for sample in samples])
-        return FlowBatch(clean, noise, sigma, [self._prompt(sample, draw(sample, "prompt")) for sample in samples])
+        prompts = [self._prompt(sample, draw(sample, "prompt")) for sample in samples]
+        return FlowBatch(clean, noise, sigma, prompts, self._conditioning(samples, [draw(sample, "task") for sample in samples]))
+
+    @torch.no_grad()
+    def _conditioning(self, samples: Sequence[int], generators: Sequence[torch.Generator]) -> Conditioning | None:
+        """Known frames of clips of the data set, drawn for each."""
+        task = self.settings.task
+        if task == "t2v":
+            return None
+        stride = self.backbone.spec.stride
+        clips = zip(self.dataset.video(samples), generators, strict=True)
+        return joined([conditioning_of(task, clip, stride, self._encode, generator) for clip, generator in clips])
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        latents: Tensor = self.vae.encode(frames[None].to(self.device))
+        return latents
 
     def _prompt(self, sample: int, generator: torch.Generator) -> str:
         """One of a clip's captions, or the empty prompt."""
@@ -148,7 +175,8 @@ class RectifiedFlow:
         clean, noise, sigma = (value.to(self.device) for value in (batch.clean, batch.noise, batch.sigma))
         share = sigma.view(-1, 1, 1, 1, 1)
         context = self.backbone.encode_context(self.embed(batch.prompts))
-        velocity = self.backbone((1 - share) * clean + share * noise, 1000 * sigma, context)
+        given = () if batch.conditioning is None else (moved(batch.conditioning, self.device),)
+        velocity = self.backbone((1 - share) * clean + share * noise, 1000 * sigma, context, *given)
         error = (velocity.float() - (noise - clean)).square().flatten(1).mean(1)
         return error * loss_weights(self.settings, sigma), {"error": error.detach(), "sigma": sigma}
 
@@ -166,12 +194,24 @@ class RectifiedFlow:
     @torch.no_grad()
     def preview(self, modules: dict[str, nn.Module]) -> tuple[Tensor, dict[str, float]]:
         """Clips of the data set's evaluation prompts, and what its evaluator reads from them."""
-        prompts = self.dataset.evaluation_prompts(self.settings.preview_prompts)
+        count, first = self.settings.preview_prompts, len(self.dataset)
+        if self.settings.task == "t2v":
+            prompts, held_out = self.dataset.evaluation_prompts(count), []
+        else:  # known frames and prompt are of one clip
+            held_out = list(range(first, first + count))
+            prompts = [self.dataset.captions(index)[0] for index in held_out]
         text_encoder: Any = modules.get("text_encoder", self.text_encoder)
-        clips = torch.cat([self.sample(modules["backbone"], text_encoder, prompts[i : i + 20], seed=i) for i in range(0, len(prompts), 20)])
+        with self.trained.inserted(modules) as backbone:
+            parts = []
+            for i in range(0, count, PREVIEWED):
+                given = self._conditioning(
+                    held_out[i : i + PREVIEWED], [torch.Generator().manual_seed(j) for j in held_out[i : i + PREVIEWED]]
+                )
+                parts.append(self.sample(backbone, text_encoder, prompts[i : i + PREVIEWED], seed=i, conditioning=given))
+        clips = torch.cat(parts)
         return clips[:12], {f"val_{name}": value for name, value in self.dataset.evaluate(clips, prompts).items()}
 
-    def sample(self, backbone: Any, text_encoder: Any, prompts: list[str], seed: int) -> Tensor:
+    def sample(self, backbone: Any, text_encoder: Any, prompts: list[str], seed: int, conditioning: Conditioning | None = None) -> Tensor:
         """Clips `[N, 3, T, H, W]` of the prompts."""
         settings = self.settings
         context, negative = (backbone.encode_context(text_encoder.encode(texts)) for texts in (prompts, [""] * len(prompts)))
@@ -179,14 +219,38 @@ class RectifiedFlow:
         schedule = self.scheduler.schedule(settings.preview_steps, settings.shift)
         noise = torch.randn((len(prompts), *self.latents.shape[1:]), generator=generator)
         sample = (noise * schedule.noise_scale).to(self.device)
-        state = self.scheduler.start(schedule)
+        state, given = self.scheduler.start(schedule), None if conditioning is None else moved(conditioning, self.device)
         for t in schedule.timesteps:
             timestep = t.float().repeat(len(prompts)).to(self.device)
-            velocity = guided_velocity(backbone, sample, timestep, context, negative, settings.preview_guidance)
+            velocity = guided_velocity(backbone, sample, timestep, context, negative, settings.preview_guidance, given)
             sample = self.scheduler.step(state, velocity, sample, generator)
         return self.vae.decode(sample).cpu()
 
     def export(self, modules: dict[str, nn.Module], folder: str) -> None:
-        for name, module in modules.items():
-            part: Any = module
-            part.half().save_pretrained(Path(folder) / name)
+        self.trained.export(modules, Path(folder))
+        if self.settings.train_text_encoder:
+            part: Any = modules["text_encoder"]
+            part.half().save_pretrained(Path(folder) / "text_encoder")
+
+
+def _check(s: FlowSettings) -> None:
+    """ValueError where settings do not go together."""
+    if (s.tokenizer or s.text_architecture) and (s.init != "random" or not s.train_text_encoder):
+        raise ValueError("tokenizer and text_architecture are of a text encoder trained from random weights: set train_text_encoder")
+    if s.train != "all" and s.init != "pretrained":
+        raise ValueError(f"train = '{s.train}' leaves the other weights as they are: it needs init = 'pretrained', got '{s.init}'")
+    if s.train == "context_embedder" and s.train_text_encoder:
+        raise ValueError("train = 'context_embedder' is for a text encoder as it is: leave train_text_encoder out")
+
+
+def _backbone(spec: Any, s: FlowSettings, device: str) -> Any:
+    if s.init == "pretrained" and set(s.architecture) == {"in_dim"}:
+        return with_input_channels(fresh(spec, s.init, {}, device), s.architecture["in_dim"])
+    return fresh(spec, s.init, s.architecture, device)
+
+
+def _trained(backbone: Any, s: FlowSettings, text_encoder: Any) -> Trained:
+    """text_encoder: its spec"""
+    if s.train == "lora":
+        return TrainedLora(backbone, s.lora, s.expert)
+    return ContextEmbedder(backbone, text_encoder) if s.train == "context_embedder" else WholeBackbone(backbone)
