@@ -158,6 +158,18 @@ def test_a_text_encoder_that_is_trained_too(group: Group, folder: Path, alone: d
     assert max(gradients) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["DP3", "FSDP2 in U2 x DP2"])
+def test_a_lora_on_a_frozen_base(group: Group, folder: Path, name: str) -> None:
+    (size, overrides), recipe = LAYOUTS[name], str(folder / "frozen.toml")
+    lora = ["objective.settings.train=lora", "objective.settings.lora.rank=4", "optimiser.lr=1e-2"]
+    expected = train(recipe, lora, 5)
+    assert all(name.startswith("lora.") for name in expected["gradients"][4])
+    assert all(gradient.any() for gradient in expected["gradients"][4].values())
+    losses, gradients = zip(*(apart(answer, expected) for answer in group(size, train, recipe, [*overrides, *lora], 5)), strict=True)
+    assert max(losses) <= TOLERANCE
+    assert max(gradients) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("plant", "name"),
     [("no all-reduce", "DP4"), ("wrong merge", "Ring4"), ("rank order", "Ulysses4"), ("rank order", "U2 x R2"), ("samples by rank", "U2")],
