@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from wan_dit import load_backbone
 from wan_dit.cli import main
 from wan_dit.config import DiTConfig
@@ -186,6 +187,24 @@ def test_a_run_keeps_the_adapters_alone_and_resumes_to_the_bit(flow_recipe: Call
     kept = {f"layers.{name}.{part}" for name in target_layers(load_backbone(str(base)), LoraSettings().targets) for part in ("down", "up")}
     assert all(set(read_whole(checkpoint, f"{kind}/lora/")) == kept for kind in ("modules", "ema"))
     assert set(read_whole(checkpoint, "modules/")) == {f"lora/{name}" for name in kept}, "and nothing of the base"
+
+
+@pytest.mark.parametrize("train", ["lora", "context_embedder"])
+def test_activations_of_a_frozen_base_are_computed_again_to_the_same_bits(
+    flow_recipe: Callable[..., TrainConfig], base: Path, tmp_path: Path, train: str
+) -> None:
+    found = {}
+    for policy in ("keep", "recompute"):
+        own = (f"objective.settings.backbone={base}", "objective.settings.init=pretrained", "objective.settings.architecture={}")
+        own += ("objective.settings.text_architecture={}", "objective.settings.train_text_encoder=false", "preview_every=2")
+        trainer = Trainer(
+            flow_recipe(*own, f"objective.settings.train={train}", "steps=2", f"memory.policy={policy}", f"output={tmp_path / policy}")
+        )
+        wrapped = [isinstance(block, ActivationWrapper) for block in trainer.objective.frozen[0].trunk.blocks]
+        assert wrapped == 2 * [policy == "recompute"]
+        trainer.run()
+        found[policy] = {name: value.clone() for name, value in trainer.objective.modules[train].state_dict().items()}
+    assert all(torch.equal(value, found["keep"][name]) for name, value in found["recompute"].items())
 
 
 def test_the_context_embedder_alone_is_trained_for_an_encoder_of_another_width(make: Make, tmp_path: Path, monkeypatch: Any) -> None:

@@ -57,7 +57,7 @@ class Trainer:
         self.objective: Objective = objective(config.objective.settings, dataset, config.output, config.device, pm)
         modules = self.objective.modules
         self.templates = {name: Template(module) for name, module in modules.items()}
-        for module in modules.values():
+        for module in (*modules.values(), *getattr(self.objective, "frozen", ())):
             apply_policy(module, config.memory)
         self.layout.apply(modules)
         self.optimiser = Optimiser(config.optimiser, self.objective.parameter_groups(), config.steps)

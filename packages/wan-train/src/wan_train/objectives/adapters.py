@@ -90,6 +90,7 @@ class TrainedLora:
         layers = target_layers(backbone, settings.targets)
         adapters = Adapters(layers, settings).to(backbone.patch_embedding.weight.device)
         self.modules: dict[str, nn.Module] = {"lora": adapters}
+        self.frozen: tuple[nn.Module, ...] = (backbone,)
         self._active = adapters.named()
         for name, layer in layers.items():
             layer.register_forward_hook(partial(self._add, name))

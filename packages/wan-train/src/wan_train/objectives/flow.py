@@ -96,6 +96,7 @@ class RectifiedFlow:
         self.backbone = _backbone(specs["backbone"], s, device)
         self.trained = _trained(self.backbone, s, specs["text_encoder"])
         self.modules: dict[str, nn.Module] = dict(self.trained.modules)
+        self.frozen = self.trained.frozen
         if s.train_text_encoder:
             self.text_encoder = self.modules["text_encoder"] = self._trained_text_encoder(specs["text_encoder"])
         check(self.backbone.spec, specs["vae"], self.text_encoder.spec if s.train_text_encoder else specs["text_encoder"], pm=pm)

@@ -18,9 +18,10 @@ Choice = Literal["all", "lora", "context_embedder"]
 
 
 class Trained(Protocol):
-    """modules: what is trained, and so averaged and kept in checkpoints."""
+    """modules: what is trained, and so averaged and kept in checkpoints; frozen: a backbone that it is computed with."""
 
     modules: dict[str, nn.Module]
+    frozen: tuple[nn.Module, ...]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """As those of an objective; the last one is not for Muon."""
@@ -38,6 +39,7 @@ class WholeBackbone:
     def __init__(self, backbone: Any) -> None:
         self.backbone = backbone
         self.modules: dict[str, nn.Module] = {"backbone": backbone}
+        self.frozen: tuple[nn.Module, ...] = ()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Muon may train the matrices of the blocks only; embeddings and head stay with AdamW (docs/tiny-models.md)."""
@@ -81,6 +83,7 @@ class ContextEmbedder:
         backbone.context_embedder.requires_grad_(True)
         self.backbone = backbone
         self.modules: dict[str, nn.Module] = {"context_embedder": backbone.context_embedder}
+        self.frozen: tuple[nn.Module, ...] = (backbone,)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.backbone.context_embedder.parameters())}]

@@ -15,6 +15,7 @@ from .job import Bucket, Job
 from .policy import Wanted
 
 WITHOUT = ("vae",)  # objectives of this package that train no transformer
+RANK = 16  # of a LoRA where a recipe does not say
 SHAPES, FRAMES = (64, 64), {"shapes": 17}  # what data sets have where a recipe does not say: (height, width), and frames, else 81
 
 
@@ -51,7 +52,7 @@ def read(config: TrainConfig, gpus: int | None, size: tuple[int, int] | None = N
     job = Job(
         model, (bucket(config, size, frames),), micro_batch=micro, accumulate=-(-share // micro),
         precision="autocast" if config.precision == "bf16" else "fp32", optimiser=config.optimiser.name, ema=config.ema > 0,
-        held_gradients=True,
+        held_gradients=True, lora=int(settings.get("lora", {}).get("rank", RANK)) if settings.get("train") == "lora" else 0,
     )  # fmt: skip
     policy = config.memory.policy
     choices = [policy] * job.blocks if isinstance(policy, str) else list(policy)
