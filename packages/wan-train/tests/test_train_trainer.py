@@ -156,7 +156,7 @@ def test_a_resume_that_forgets_something_ends_with_other_bits(
             for optimiser, _ in resumed.optimiser.parts:
                 optimiser.state.clear()
         if forgotten == "taken":
-            resumed.taken = 0
+            resumed.curriculum.taken = 0
 
     monkeypatch.setattr(resumed, "_take_up", forgetful)
     resumed.run(resume=True)
@@ -303,7 +303,7 @@ def test_a_step_that_goes_wrong_is_left_out_or_taken_back(vae_recipe: Recipe, aw
     trainer = Trainer(config)
     trainer.run()
     assert [record["step"] for record in lines(config.output)] == seen
-    assert (trainer.step, trainer.taken) == (6, 2 * (len(seen)))
+    assert (trainer.step, trainer.curriculum.taken) == (6, 2 * (len(seen)))
     assert all(value.isfinite().all() for value in shards.read_whole(newest(config.output), "").values())
 
 

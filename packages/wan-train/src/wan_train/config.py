@@ -98,9 +98,37 @@ class GuardConfig(_Section):
     rollbacks: int = Field(default=2, ge=0)
 
 
+class StageConfig(_Section):
+    """A stage of the curriculum (`wan_train.curriculum`).
+
+    until: the step at which it ends; may_end_early: already where `optimiser.plateau` has brought the rate to its floor
+    video, image: (height, width) in pixels that films and pictures are brought to, in proportions near their own
+    frames: lengths of films, 1 + a multiple of the VAE's stride; a clip takes the longest that it fills
+    weights: how often an epoch takes the samples of `image`, `video`, a source, or `source/video`
+    tokens, squared: what a micro-batch holds at most, summed over its samples: tokens, and tokens squared (0: no limit)
+    batch_size, micro_batches: samples, or micro-batches, of a step; 0 and 0 for the run's batch_size
+    lr: share of the peak rate
+    """
+
+    name: str
+    until: int = Field(gt=0)
+    may_end_early: bool = False
+    video: tuple[int, int]
+    image: tuple[int, int] | None = None
+    frames: tuple[int, ...] = (81,)
+    weights: dict[str, float] = Field(default_factory=dict)
+    tokens: int = Field(default=100_000, gt=0)
+    squared: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=0, ge=0)
+    micro_batches: int = Field(default=0, ge=0)
+    lr: float = Field(default=1.0, gt=0)
+
+
 class TrainConfig(_Section):
     """One run.
 
+    more_data: further data sets by the name of their source; the first one is source `data`
+    stages: what is trained on from when to when; none for one shape throughout
     steps, batch_size: optimiser steps and samples in each, over all processes
     micro_batch: samples that a process computes at a time, 0 for all of its share of the step
     precision: `fp32`, or `bf16` autocast over fp32 weights
@@ -118,6 +146,8 @@ class TrainConfig(_Section):
     parallel: ParallelConfig = ParallelConfig()
     memory: MemoryConfig = MemoryConfig()
     guard: GuardConfig = GuardConfig()
+    more_data: dict[str, PartConfig] = Field(default_factory=dict)
+    stages: tuple[StageConfig, ...] = ()
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     micro_batch: int = Field(default=0, ge=0)

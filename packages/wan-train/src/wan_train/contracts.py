@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from .data.buckets import Bucket
+
 
 class Dataset(Protocol):
     """Captioned clips, each fixed by its index."""
@@ -52,7 +54,7 @@ class Objective(Protocol):
     def batch_size(self, given: int, progress: float) -> int:
         """How many samples a step takes; `given` is what the recipe says."""
 
-    def batch(self, samples: Sequence[int], draw: Draw, progress: float) -> Any:
+    def batch(self, samples: Sequence[int], draw: Draw, progress: float, *bucket: Bucket) -> Any:
         """All that the loss of some samples needs, without gradients: clips, noise, prompts; a plain or data class of tensors on the CPU.
 
         Everything random comes from `draw`, so that it is the same in every parallel layout and after a resume; progress is the

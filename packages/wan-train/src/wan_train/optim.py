@@ -46,15 +46,20 @@ class Optimiser:
             share *= config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * bend))
         return share * (self.plateau.share if self.plateau else 1.0)
 
-    def step(self, step: int, norm: float) -> None:
-        """Clip gradients of this norm, update the weights, and clear the gradients."""
+    def renew(self) -> None:
+        """Watch for a plateau anew: in a stage that has figures of its own."""
+        if self.config.plateau is not None:
+            self.plateau = Plateau(self.config.plateau)
+
+    def step(self, step: int, norm: float, share: float = 1.0) -> None:
+        """Clip gradients of this norm, update the weights at a share of the rate, and clear the gradients."""
         if self.config.clip and norm > self.config.clip:
             torch._foreach_mul_([local(param.grad) for param in self.params if param.grad is not None], self.config.clip / norm)
         for param, matrix in self.matrices:
             matrix.grad = param.grad.flatten(1) if param.grad is not None else None
         for optimiser, peak in self.parts:
             for group in optimiser.param_groups:
-                group["lr"] = peak * self.rate(step)
+                group["lr"] = peak * self.rate(step) * share
             optimiser.step()
         self.clear()
 

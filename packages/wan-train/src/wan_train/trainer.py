@@ -15,12 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 from wan_dit._shared.weights import usable_device
 
-from .config import TrainConfig
+from .config import PartConfig, TrainConfig
 from .copies import Template, whole
+from .curriculum import Curriculum
+from .data.buckets import GRID
+from .data.mix import Mix
+from .data.sampler import Micro, share
 from .layout import Layout
 from .memory import apply_policy
 from .optim import EMA, Optimiser, gradient_norm
-from .order import Order
 from .plugins import find, plugin_manager
 from .randomness import generator
 from .store import Guard, Signals, Store, Verdict, restore, training_state
@@ -62,10 +65,10 @@ class Trainer:
         self.layout.apply(modules)
         self.optimiser = Optimiser(config.optimiser, self.objective.parameter_groups(), config.steps)
         self.ema = EMA(modules, config.ema)
-        self.order = Order(self.objective.samples, config.seed)
+        self.curriculum = Curriculum(config, dataset, self.objective.samples, getattr(self.objective, "grid", GRID))
         self.guard = Guard(Limits(**config.guard.model_dump()))
         self.ranks, self.by_level, self.times = Ranks(), Averages(), StepTimes()
-        self.step = self.taken = 0  # steps, and the samples that they took
+        self.step = 0
 
     def run(self, *, resume: bool = False, overwrite: bool = False, progress: bool = False, until: int | None = None) -> Path:
         """Train to `config.steps` (or stop after `until`) and return the folder of the exported parts.
@@ -135,15 +138,17 @@ class Trainer:
     def _train_step(self, store: Store | None = None) -> dict[str, float]:
         """One step; without a store, from which it could be taken back, one that went wrong ends the run."""
         start, config = time.perf_counter(), self.config
-        progress = self.step / config.steps
-        count = self.objective.batch_size(config.batch_size, progress)
-        figures = self._gradients(self.order.take(self.taken, count), progress)
+        progress, plateau = self.step / config.steps, self.optimiser.plateau
+        if self.curriculum.advance(self.step, spent=plateau is not None and plateau.spent):
+            self.guard.reset()  # another loss
+            self.optimiser.renew()
+        micros = self.curriculum.take(self.objective.batch_size(config.batch_size, progress))
+        figures = self._gradients(micros, progress)
         norm = float(gradient_norm(self.optimiser.params))
-        rate = self.optimiser.rate(self.step)
-        self.taken += count
+        rate = self.optimiser.rate(self.step) * self.curriculum.rate
         verdict = self.guard.decide(figures["loss"], norm, self.layout.mesh)
         if verdict is Verdict.GO:
-            self.optimiser.step(self.step, norm)
+            self.optimiser.step(self.step, norm, self.curriculum.rate)
             self.ema.update(self.step)
             self.step += 1
         else:
@@ -151,11 +156,11 @@ class Trainer:
             self._recover(verdict, store)
         return {**figures, "grad_norm": norm, "lr_share": rate, "seconds": time.perf_counter() - start}
 
-    def _gradients(self, samples: Sequence[int], progress: float) -> dict[str, float]:
-        """Leave the gradient of the mean loss of the samples; returns the loss and the mean figures."""
-        config, count, start = self.config, len(samples), time.perf_counter()
+    def _gradients(self, micros: Sequence[Micro], progress: float) -> dict[str, float]:
+        """Leave the gradient of the mean loss of all samples; returns the loss and the mean figures."""
+        config, count, start = self.config, sum(len(micro.samples) for micro in micros), time.perf_counter()
         sums: dict[str, Tensor] = {"loss": torch.zeros((), dtype=torch.float64)}
-        turns = self._batches(samples, partial(_draw, config.seed, self.step), progress)
+        turns = self._batches(micros, partial(_draw, config.seed, self.step), progress)
         for i, (batch, weight) in enumerate(turns):
             with (
                 self.layout.accumulating(self.objective.modules.values(), last=i == len(turns) - 1),
@@ -180,29 +185,33 @@ class Trainer:
         if verdict is Verdict.SKIP:
             self.step += 1
             return
-        taken, guard = self.taken, self.guard.state()
+        curriculum, guard = self.curriculum.state(), self.guard.state()
         assert store is not None
         self._take_up(store)
-        self.taken = taken
+        self.curriculum.load(curriculum)
         self.guard.load(guard)
 
-    def _batches(self, samples: Sequence[int], draw: Draw, progress: float) -> list[tuple[Any, float]]:
+    def _batches(self, micros: Sequence[Micro], draw: Draw, progress: float) -> list[tuple[Any, float]]:
         """The batches of this data rank, as many as of any other, with weight 0 where there is nothing left for it.
 
         A context parallel group encodes as many batches at a time as it has processes, one each, and all compute on all of them.
         """
         layout = self.layout
-        share = -(-len(samples) // layout.data_ranks)
-        size = min(self.config.micro_batch or share, share)
-        shares = [samples[i * share : (i + 1) * share] for i in range(layout.data_ranks)]
-        micros = [shares[layout.data_rank][i : i + size] for i in range(0, share, size)]
-        micros += [()] * (-len(micros) % layout.context)
+        shares = [self._bounded(each) for each in (_shares(micros, layout.data_ranks))]
+        turns = max(map(len, shares))
+        own = [(micro, 1.0) for micro in shares[layout.data_rank]]
+        own += [(Micro(micros[0].bucket, micros[0].samples[:1]), 0.0)] * (-(-turns // layout.context) * layout.context - len(own))
         made: list[tuple[Any, float]] = []
-        for i in range(0, len(micros), layout.context):
-            own = micros[i + layout.context_rank]
-            batch = self.objective.batch(own or samples[:1], draw, progress)
-            made += layout.exchanged([(batch, float(bool(own)))])
-        return made[: -(-share // size)]
+        for i in range(0, len(own), layout.context):
+            micro, weight = own[i + layout.context_rank]
+            shape = () if micro.bucket is None else (micro.bucket,)
+            made += layout.exchanged([(self.objective.batch(micro.samples, draw, progress, *shape), weight)])
+        return made[:turns]
+
+    def _bounded(self, micros: Sequence[Micro]) -> list[Micro]:
+        """Micro-batches of at most so many samples as the recipe allows."""
+        size = self.config.micro_batch or max((len(micro.samples) for micro in micros), default=1)
+        return [Micro(bucket, samples[i : i + size]) for bucket, samples in micros for i in range(0, len(samples), size)]
 
     def _state(self) -> dict[str, Any]:
         """Everything a resume needs, as tensors that the store fills in place, and plain values."""
@@ -214,7 +223,8 @@ class Trainer:
     def _values(self) -> dict[str, Any]:
         plateau = self.optimiser.plateau
         return {
-            "step": self.step, "taken": self.taken, "guard": self.guard.state(), "plateau": plateau.state() if plateau else {},
+            "step": self.step, "curriculum": self.curriculum.state(), "guard": self.guard.state(),
+            "plateau": plateau.state() if plateau else {},
         }  # fmt: skip
 
     def _take_up(self, store: Store) -> None:
@@ -233,7 +243,8 @@ class Trainer:
         self.guard.load(values["guard"])
         if self.optimiser.plateau is not None:
             self.optimiser.plateau.load(values["plateau"])
-        self.step, self.taken = values["step"], values["taken"]
+        self.curriculum.load(values["curriculum"])
+        self.step = values["step"]
 
     def _check_folder(self, folder: Path, resume: bool, overwrite: bool) -> None:
         held = bool(steps(folder)) if folder.exists() else False
@@ -253,12 +264,29 @@ def _draw(seed: int, step: int, sample: int, stream: str) -> torch.Generator:
     return generator(seed, step, sample, stream)
 
 
+def _shares(micros: Sequence[Micro], ranks: int) -> list[list[Micro]]:
+    """The micro-batches of every data rank."""
+    if micros[0].bucket is None:  # one shape: consecutive samples
+        (samples,) = (micro.samples for micro in micros)
+        size = -(-len(samples) // ranks)
+        return [[Micro(micros[0].bucket, part)] if (part := samples[i * size : (i + 1) * size]) else [] for i in range(ranks)]
+    return [share(micros, rank, ranks) for rank in range(ranks)]
+
+
 def _dataset(config: TrainConfig, pm: pluggy.PluginManager) -> Any:
-    build = find("wan_datasets", config.data.name, pm).resolve()
+    """The data set of a recipe, or a mix of several."""
+    own = _built("data", config.data, pm)
+    if not config.more_data:
+        return own
+    return Mix({"data": own, **{name: _built(f"more_data.{name}", part, pm) for name, part in config.more_data.items()}})
+
+
+def _built(field: str, part: PartConfig, pm: pluggy.PluginManager) -> Any:
+    build = find("wan_datasets", part.name, pm).resolve()
     try:
-        return build(**config.data.settings)
+        return build(**part.settings)
     except TypeError as error:  # a setting that it does not have, or one of the wrong type
-        raise ValueError(f"data.settings of '{config.data.name}': {error}") from error
+        raise ValueError(f"{field}.settings of '{part.name}': {error}") from error
 
 
 def _make_folder(folder: Path) -> None:
