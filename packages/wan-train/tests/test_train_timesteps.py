@@ -64,17 +64,21 @@ def test_no_draw_crosses_the_boundary(kind: str, shift: float, boundary: float, 
     assert 0 <= own.min() < own.max() <= 1
 
 
-def test_a_boundary_on_the_wrong_side_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_a_boundary_on_the_wrong_side_is_found(monkeypatch: pytest.MonkeyPatch, expert: str) -> None:
+    """The planted bug takes the shares of the other side: the clamp holds such draws on the boundary, the density tells."""
     side = timesteps._side
-    given = TimestepSettings(boundary=0.875, expert="high")
-    assert share(draw_sigmas(given, 500, torch.Generator().manual_seed(0))) == 1
-    monkeypatch.setattr(timesteps, "_side", lambda settings: (0.0, side(settings)[0]))
-    planted = draw_sigmas(given, 500, torch.Generator().manual_seed(0))
-    assert planted.double().quantile(0.9).item() == 0.875, "all draws are pressed against the boundary, which the density test sees"
 
+    def other(settings: TimestepSettings) -> tuple[float, float]:
+        low, high = side(settings)
+        return (0.0, low) if settings.expert == "high" else (high, 1.0)
 
-def share(sigma: torch.Tensor, boundary: float = 0.875) -> float:
-    return (sigma >= boundary).float().mean().item()
+    right = draws(5000, boundary=0.5, expert=expert)
+    monkeypatch.setattr(timesteps, "_side", other)
+    given = TimestepSettings.model_construct(boundary=0.5, expert=expert)
+    planted = draw_sigmas(given, 5000, torch.Generator().manual_seed(0))
+    assert abs(planted.quantile(0.5).item() - right.quantile(0.5).item()) > 0.1
+    assert planted.std() < 1e-3 < right.std()
 
 
 def test_the_boundary_is_a_sigma_whatever_the_shift() -> None:
