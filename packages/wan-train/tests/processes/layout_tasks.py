@@ -41,9 +41,9 @@ def train(recipe: str, overrides: list[str], steps: int, plant: str = "") -> dic
                 kept: dict[str, Tensor] = {}
                 original = trainer.optimiser.step
 
-                def watched(at: int, norm: float, original: Any = original, kept: dict[str, Tensor] = kept) -> None:
+                def watched(at: int, norm: float, share: float, original: Any = original, kept: dict[str, Tensor] = kept) -> None:
                     kept |= gradients(trainer)
-                    original(at, norm)
+                    original(at, norm, share)
 
                 with patch.object(trainer.optimiser, "step", watched):
                     losses.append(trainer._train_step()["loss"])
