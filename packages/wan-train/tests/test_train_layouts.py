@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layout_tasks import run, train
+from layout_tasks import preview, run, train
 from wan_dit.config import DiTConfig
 from wan_dit.model import WanDiT
 from wan_train.config import ParallelConfig
@@ -51,6 +51,39 @@ init = "pretrained"
 train_text_encoder = {text}
 clips = 24
 """
+STAGES = """
+precache = false
+
+[more_data.stills]
+name = "shapes"
+settings = {frames = 1, size = [32, 32], length = 24, seed = 5}
+
+[[stages]]
+name = "images"
+until = 3
+video = [32, 32]
+frames = [5, 9]
+weights = {video = 0.0}
+tokens = 12
+batch_size = 6
+
+[[stages]]
+name = "joint"
+until = 7
+video = [32, 48]
+image = [32, 32]
+frames = [5, 9]
+tokens = 40
+batch_size = 7
+
+[[stages]]
+name = "larger"
+until = 20
+video = [48, 64]
+frames = [9]
+tokens = 80
+batch_size = 4
+"""
 Group = Callable[..., list[Any]]
 
 
@@ -70,6 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, micro_vae: Path) -> Path:
     model.save_pretrained(folder / "backbone")
     for name, text in (("frozen", "false"), ("text", "true")):
         (folder / f"{name}.toml").write_text(RECIPE.format(folder=folder, vae=micro_vae, text=text))
+    (folder / "stages.toml").write_text(RECIPE.format(folder=folder, vae=micro_vae, text="false") + STAGES)
     return folder
 
 
@@ -158,14 +192,15 @@ def test_a_text_encoder_that_is_trained_too(group: Group, folder: Path, alone: d
     assert max(gradients) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["DP3", "FSDP2 in U2 x DP2"])
-def test_a_lora_on_a_frozen_base(group: Group, folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["DP3", "FSDP4 over U2 x DP2", "a policy a block, FSDP2 x U2"])
+@pytest.mark.parametrize("part", ["lora", "context_embedder"])
+def test_a_part_beside_a_frozen_base(group: Group, folder: Path, name: str, part: str) -> None:
     (size, overrides), recipe = LAYOUTS[name], str(folder / "frozen.toml")
-    lora = ["objective.settings.train=lora", "objective.settings.lora.rank=4", "optimiser.lr=1e-2"]
-    expected = train(recipe, lora, 5)
-    assert all(name.startswith("lora.") for name in expected["gradients"][4])
+    own = [f"objective.settings.train={part}", "objective.settings.lora.rank=4", "optimiser.lr=1e-2"]
+    expected = train(recipe, own, 5)
+    assert all(name.startswith(f"{part}.") for name in expected["gradients"][4])
     assert all(gradient.any() for gradient in expected["gradients"][4].values())
-    losses, gradients = zip(*(apart(answer, expected) for answer in group(size, train, recipe, [*overrides, *lora], 5)), strict=True)
+    losses, gradients = zip(*(apart(answer, expected) for answer in group(size, train, recipe, [*overrides, *own], 5)), strict=True)
     assert max(losses) <= TOLERANCE
     assert max(gradients) <= TOLERANCE
 
@@ -185,6 +220,17 @@ def test_a_planted_bug_is_found_by_losses_and_by_gradients(
     assert max(gradients) > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["DP3", "FSDP4 over U2 x DP2", "Ring4"])
+def test_stages_of_images_and_videos_in_any_layout(group: Group, folder: Path, name: str) -> None:
+    """Processes that compute other shapes than their neighbours, and steps of fewer micro-batches than processes."""
+    size, overrides = LAYOUTS[name]
+    recipe = str(folder / "stages.toml")
+    expected = train(recipe, [], STEPS)
+    losses, gradients = zip(*(apart(answer, expected) for answer in group(size, train, recipe, overrides, STEPS)), strict=True)
+    assert max(losses) <= TOLERANCE
+    assert max(gradients) <= TOLERANCE
+
+
 def test_degrees_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="1 processes do not divide by ring 1 x ulysses 2 = 2"):
         Layout(ParallelConfig(ulysses=2))
@@ -199,6 +245,16 @@ def test_an_epoch_has_every_sample_once_and_the_next_is_another() -> None:
     assert first != second
     assert order.take(5, 4) == [*first[5:], *second[:2]], "a step may reach into the next epoch"
     assert Order(7, seed=4).take(0, 7) != first
+
+
+@pytest.mark.parametrize("degree", ["fsdp", "ulysses"])
+def test_a_base_that_is_split_is_whole_in_a_preview(group: Group, folder: Path, tmp_path: Path, degree: str) -> None:
+    recipe, own = str(folder / "frozen.toml"), ["objective.settings.train=lora", "objective.settings.preview_prompts=2"]
+    own += ["objective.settings.preview_steps=1", "preview_every=2"]
+    answers = group(2, preview, recipe, [*own, f"parallel.{degree}=2", f"output={tmp_path / 'split'}"], 2)
+    alone = preview(recipe, [*own, f"output={tmp_path / 'alone'}"], 2)
+    assert np.abs(answers[0] - alone).max() < 1e-4
+    assert (tmp_path / "split" / "export" / "lora.safetensors").exists()
 
 
 def test_the_command_trains_with_processes_and_takes_the_run_up_with_another_number(folder: Path, tmp_path: Path) -> None:

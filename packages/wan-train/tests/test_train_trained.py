@@ -200,7 +200,7 @@ def test_activations_of_a_frozen_base_are_computed_again_to_the_same_bits(
         trainer = Trainer(
             flow_recipe(*own, f"objective.settings.train={train}", "steps=2", f"memory.policy={policy}", f"output={tmp_path / policy}")
         )
-        wrapped = [isinstance(block, ActivationWrapper) for block in trainer.objective.frozen[0].trunk.blocks]
+        wrapped = [isinstance(block, ActivationWrapper) for block in trainer.objective.frozen["backbone"].trunk.blocks]
         assert wrapped == 2 * [policy == "recompute"]
         trainer.run()
         found[policy] = {name: value.clone() for name, value in trainer.objective.modules[train].state_dict().items()}

@@ -40,6 +40,7 @@ class Objective(Protocol):
     """What is trained and how its loss is computed; `target(settings, dataset, folder, device, pm)` builds one.
 
     modules: what is trained, by name; samples: how many samples there are to train on
+    An attribute `frozen`, if there is one, has modules by name that stay as they are, and are split over processes as those are.
     """
 
     modules: dict[str, nn.Module]

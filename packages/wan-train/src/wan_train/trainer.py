@@ -16,7 +16,7 @@ from tqdm import tqdm
 from wan_dit._shared.weights import usable_device
 
 from .config import PartConfig, TrainConfig
-from .copies import Template, whole
+from .copies import Template, named, whole
 from .curriculum import Curriculum
 from .data.buckets import GRID
 from .data.mix import Mix
@@ -59,10 +59,12 @@ class Trainer:
         objective = find("wan_objectives", config.objective.name, pm).resolve()
         self.objective: Objective = objective(config.objective.settings, dataset, config.output, config.device, pm)
         modules = self.objective.modules
-        self.templates = {name: Template(module) for name, module in modules.items()}
-        for module in (*modules.values(), *getattr(self.objective, "frozen", ())):
+        self.frozen: dict[str, Any] = getattr(self.objective, "frozen", {})
+        split = config.parallel.fsdp * config.parallel.ulysses * config.parallel.ring > 1
+        self.templates = {name: Template(module) for name, module in {**(self.frozen if split else {}), **modules}.items()}
+        for module in (*modules.values(), *self.frozen.values()):
             apply_policy(module, config.memory)
-        self.layout.apply(modules)
+        self.layout.apply({**self.frozen, **modules})
         self.optimiser = Optimiser(config.optimiser, self.objective.parameter_groups(), config.steps)
         self.ema = EMA(modules, config.ema)
         self.curriculum = Curriculum(config, dataset, self.objective.samples, getattr(self.objective, "grid", GRID))
@@ -108,8 +110,9 @@ class Trainer:
         return config.output / "export"
 
     def averaged(self) -> dict[str, Any]:
-        """Whole copies of the modules with the averaged weights; all processes have to ask for them."""
-        return {name: template.filled(whole(self.ema.state[name])) for name, template in self.templates.items()}
+        """Whole copies of the modules with the averaged weights, and of frozen ones that are split; all processes have to ask for them."""
+        states = {**{name: named(module) for name, module in self.frozen.items()}, **self.ema.state}
+        return {name: template.filled(whole(states[name])) for name, template in self.templates.items()}
 
     def _prepare(self) -> None:
         """The first process encodes what is encoded once, and the others read it."""

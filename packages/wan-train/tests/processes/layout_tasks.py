@@ -55,6 +55,14 @@ def train(recipe: str, overrides: list[str], steps: int, plant: str = "") -> dic
             "weights": {name: value.detach().numpy() for name, value in weights.items()}}  # fmt: skip
 
 
+def preview(recipe: str, overrides: list[str], steps: int) -> Any:
+    """Run to the end, and sample clips with the trained weights; those of the first process count."""
+    trainer = Trainer(TrainConfig.from_toml(Path(recipe), [*overrides, f"steps={steps}"]))
+    trainer.run()
+    modules = trainer.averaged()
+    return trainer.objective.preview(modules)[0].numpy() if trainer.layout.is_main else None
+
+
 def gradients(trainer: Trainer) -> dict[str, Tensor]:
     found = {}
     for module, live in trainer.ema.live.items():

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,23 +89,23 @@ class TrainedLora:
         layers = target_layers(backbone, settings.targets)
         adapters = Adapters(layers, settings).to(backbone.patch_embedding.weight.device)
         self.modules: dict[str, nn.Module] = {"lora": adapters}
-        self.frozen: tuple[nn.Module, ...] = (backbone,)
-        self._active = adapters.named()
+        self.frozen: dict[str, nn.Module] = {"backbone": backbone}
+        self.active = adapters.named()
         for name, layer in layers.items():
-            layer.register_forward_hook(partial(self._add, name))
+            layer.register_forward_hook(_Addition(self, name))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.modules["lora"].parameters())}]
 
     @contextmanager
     def inserted(self, modules: dict[str, nn.Module]) -> Iterator[Any]:
-        own, other = self._active, modules["lora"]
+        own, other = self.active, modules["lora"]
         assert isinstance(other, Adapters)
-        self._active = other.named()
+        self.active = other.named()
         try:
-            yield self.backbone
+            yield modules.get("backbone", self.backbone)
         finally:
-            self._active = own
+            self.active = own
 
     def export(self, modules: dict[str, nn.Module], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,8 +124,18 @@ class TrainedLora:
             deltas.append(Delta(layer, "weight", "lora", parts, keys, scale=self.settings.scale, alpha=alpha, expert=self.expert))
         return Lora("lora", "plain", tuple(deltas), (), {})
 
-    def _add(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + self._active[name](args[0])
+
+class _Addition:
+    """The forward hook of a layer: adds the product of the adapter in use, in copies of the backbone too."""
+
+    def __init__(self, lora: TrainedLora, name: str) -> None:
+        self.lora, self.name = lora, name
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + self.lora.active[self.name](args[0])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Addition:
+        return self
 
 
 def target_layers(backbone: nn.Module, targets: str) -> dict[str, nn.Linear]:

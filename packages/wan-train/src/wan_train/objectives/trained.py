@@ -18,16 +18,19 @@ Choice = Literal["all", "lora", "context_embedder"]
 
 
 class Trained(Protocol):
-    """modules: what is trained, and so averaged and kept in checkpoints; frozen: a backbone that it is computed with."""
+    """modules: what is trained, and so averaged and kept in checkpoints; frozen: the backbone under its name, where it stays as it is."""
 
     modules: dict[str, nn.Module]
-    frozen: tuple[nn.Module, ...]
+    frozen: dict[str, nn.Module]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """As those of an objective; the last one is not for Muon."""
 
     def inserted(self, modules: dict[str, nn.Module]) -> AbstractContextManager[Any]:
-        """The backbone with other (averaged) modules in the place of the trained ones, as long as the context lasts."""
+        """The backbone with other (averaged) modules in the place of the trained ones, as long as the context lasts.
+
+        The frozen one may be among the modules: a whole copy of what is split over processes.
+        """
 
     def export(self, modules: dict[str, nn.Module], folder: Path) -> None:
         """Write what was trained."""
@@ -39,7 +42,7 @@ class WholeBackbone:
     def __init__(self, backbone: Any) -> None:
         self.backbone = backbone
         self.modules: dict[str, nn.Module] = {"backbone": backbone}
-        self.frozen: tuple[nn.Module, ...] = ()
+        self.frozen: dict[str, nn.Module] = {}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Muon may train the matrices of the blocks only; embeddings and head stay with AdamW (docs/tiny-models.md)."""
@@ -83,15 +86,16 @@ class ContextEmbedder:
         backbone.context_embedder.requires_grad_(True)
         self.backbone = backbone
         self.modules: dict[str, nn.Module] = {"context_embedder": backbone.context_embedder}
-        self.frozen: tuple[nn.Module, ...] = (backbone,)
+        self.frozen: dict[str, nn.Module] = {"backbone": backbone}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.backbone.context_embedder.parameters())}]
 
     @contextmanager
     def inserted(self, modules: dict[str, nn.Module]) -> Iterator[Any]:
-        backbone = copy(self.backbone)
-        backbone._modules = {**self.backbone._modules, "context_embedder": modules["context_embedder"]}
+        base: Any = modules.get("backbone", self.backbone)
+        backbone = copy(base)
+        backbone._modules = {**base._modules, "context_embedder": modules["context_embedder"]}
         yield backbone
 
     def export(self, modules: dict[str, nn.Module], folder: Path) -> None:
