@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from .data.buckets import Bucket
+    from .data.buckets import Bucket, Info
 
 
 class Dataset(Protocol):
@@ -19,6 +19,12 @@ class Dataset(Protocol):
 
     def video(self, indices: Sequence[int]) -> Tensor:
         """Clips `[N, 3, T, H, W]` in [-1, 1]; those from index `len(self)` on are never trained on, but previewed."""
+
+    def info(self, index: int) -> Info:
+        """Frames, size and rate of a clip, for recipes with stages."""
+
+    def clip(self, index: int, bucket: Bucket) -> Tensor:
+        """A clip `[3, T, H, W]` in the shape of a bucket, for recipes with stages."""
 
     def captions(self, index: int) -> list[str]:
         """The captions of a clip, paraphrases of each other."""

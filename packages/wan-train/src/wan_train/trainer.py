@@ -171,7 +171,8 @@ class Trainer:
             ):
                 losses, facts = self.objective.losses(batch)
             (losses.sum() * (weight * self.layout.data_ranks / count)).backward()
-            if weight and (levels := facts.pop("sigma", None)) is not None:
+            levels = facts.pop("sigma", None)
+            if weight and levels is not None:
                 self.by_level.add([timestep_key(level) for level in levels.tolist()], losses.detach().tolist())
             for name, values in {"loss": losses.detach(), **facts}.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + weight * values.double().sum().cpu()

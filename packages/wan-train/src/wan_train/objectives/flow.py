@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from wan_dit.contracts import Conditioning
 from wan_dit.guidance import guided_velocity
 
 from ..config import read_settings
+from ..data.cache import Cache
 from ..parts import check_clips, fresh
 from ..plugins import find
 from .adapters import LoraSettings, TrainedLora
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     import pluggy
 
     from ..contracts import Dataset, Draw
+    from ..data.buckets import Bucket
 
 
 PREVIEWED = 20  # clips that are sampled at a time
@@ -46,6 +49,8 @@ class FlowSettings(TimestepSettings):
     train_text_encoder: trains it together with the backbone; otherwise it is frozen and its output cached
     tokenizer: pieces of a tokenizer that is first trained on the captions, 0 to keep the encoder's own
     clips: clips encoded once, 0 for the whole data set
+    precache: encode all clips before training, which then have one shape; off, where the recipe has stages: each is encoded when it is
+    first needed, in the shape that is asked for, and kept
     text_drop: share of samples that are trained on the empty prompt, for classifier-free guidance
     preview_*: how previews and validation figures are sampled
     noise levels: `wan_train.objectives.timesteps`
@@ -64,6 +69,7 @@ class FlowSettings(TimestepSettings):
     train_text_encoder: bool = False
     tokenizer: int = Field(0, ge=0)
     clips: int = Field(0, ge=0)
+    precache: bool = True
     text_drop: float = Field(0.1, ge=0, le=1)
     preview_prompts: int = Field(60, gt=0)
     preview_steps: int = Field(15, gt=0)
@@ -101,11 +107,16 @@ class RectifiedFlow:
             self.text_encoder = self.modules["text_encoder"] = self._trained_text_encoder(specs["text_encoder"])
         check(self.backbone.spec, specs["vae"], self.text_encoder.spec if s.train_text_encoder else specs["text_encoder"], pm=pm)
         check_task(s.task, self.backbone.spec)
-        (time, *sides), (_, *patch), clips = specs["vae"].stride, self.backbone.spec.patch, dataset.video([0])
-        check_clips(clips, (time, *(side * p for side, p in zip(sides, patch, strict=True))), *clips.shape[2:])
+        stride, patch, clips = specs["vae"].stride, self.backbone.spec.patch, dataset.video([0])
+        self.grid = (stride[0] * patch[0], stride[1] * patch[1], stride[2] * patch[2])
+        check_clips(clips, (stride[0], *self.grid[1:]), *clips.shape[2:])  # previews have this shape
+        frames, height, width = clips.shape[2:]
+        self.shape = (self.backbone.spec.latent_channels, 1 + (frames - 1) // stride[0], height // stride[1], width // stride[2])
         if not s.train_text_encoder:
             self.text_encoder = specs["text_encoder"].load(device=device)
         self.vae = specs["vae"].load(dtype=torch.float32, device=device)
+        self.cache = Cache(folder / "cache", vae=self.vae)
+        self._captions = lru_cache(maxsize=100_000)(dataset.captions)
         self._cached: dict[str, Tensor] = {}
 
     def _trained_text_encoder(self, spec: Any) -> Any:
@@ -124,6 +135,8 @@ class RectifiedFlow:
 
     def prepare(self) -> None:
         """Encode the clips once; the cache is keyed by the VAE's weights and config (the normaliser) and by the data set."""
+        if not self.settings.precache:
+            return
         count = self.samples
         vae = f"{fingerprint(self.vae.state_dict())} {getattr(self.vae, 'config', '')}"
         key = hashlib.sha256(f"{vae} {self.dataset.key()} {count}".encode()).hexdigest()[:16]
@@ -136,7 +149,6 @@ class RectifiedFlow:
             with replacing(path) as scratch:
                 save_file({"latents": torch.cat(latents)}, scratch)
         self.latents = load_file(path)["latents"]
-        self.captions = [self.dataset.captions(index) for index in range(count)]
 
     @property
     def samples(self) -> int:
@@ -145,22 +157,32 @@ class RectifiedFlow:
     def batch_size(self, given: int, progress: float) -> int:
         return given
 
-    def batch(self, samples: Sequence[int], draw: Draw, progress: float) -> FlowBatch:
-        clean = self.latents[list(samples)]
+    def batch(self, samples: Sequence[int], draw: Draw, progress: float, *bucket: Bucket) -> FlowBatch:
+        clean = self._clean(samples, *bucket)
         noise = torch.stack([torch.randn(clean.shape[1:], generator=draw(sample, "noise")) for sample in samples])
         sigma = torch.cat([self.sigmas(1, draw(sample, "sigma")) for sample in samples])
         prompts = [self._prompt(sample, draw(sample, "prompt")) for sample in samples]
-        return FlowBatch(clean, noise, sigma, prompts, self._conditioning(samples, [draw(sample, "task") for sample in samples]))
+        return FlowBatch(clean, noise, sigma, prompts, self._conditioning(samples, [draw(sample, "task") for sample in samples], *bucket))
 
     @torch.no_grad()
-    def _conditioning(self, samples: Sequence[int], generators: Sequence[torch.Generator]) -> Conditioning | None:
+    def _clean(self, samples: Sequence[int], *bucket: Bucket) -> Tensor:
+        """Latents `[B, C, T', H', W']`."""
+        if not self.settings.precache:
+            return torch.stack([self.cache.latents(self.dataset, sample, *bucket) for sample in samples])
+        if bucket:
+            raise ValueError("a recipe with stages encodes clips in several shapes: set objective.settings.precache = false")
+        return self.latents[list(samples)]
+
+    @torch.no_grad()
+    def _conditioning(self, samples: Sequence[int], generators: Sequence[torch.Generator], *bucket: Bucket) -> Conditioning | None:
         """Known frames of clips of the data set, drawn for each."""
         task = self.settings.task
         if task == "t2v":
             return None
         stride = self.backbone.spec.stride
-        clips = zip(self.dataset.video(samples), generators, strict=True)
-        return joined([conditioning_of(task, clip, stride, self._encode, generator) for clip, generator in clips])
+        clips: Any = [self.dataset.clip(sample, *bucket) for sample in samples] if bucket else self.dataset.video(samples)
+        pairs = zip(clips, generators, strict=True)
+        return joined([conditioning_of(task, clip, stride, self._encode, generator) for clip, generator in pairs])
 
     def _encode(self, frames: Tensor) -> Tensor:
         latents: Tensor = self.vae.encode(frames[None].to(self.device))
@@ -169,7 +191,7 @@ class RectifiedFlow:
     def _prompt(self, sample: int, generator: torch.Generator) -> str:
         """One of a clip's captions, or the empty prompt."""
         drop, pick = torch.rand(2, generator=generator).tolist()
-        captions = self.captions[sample]
+        captions = self._captions(sample)
         return "" if drop < self.settings.text_drop else captions[int(pick * len(captions))]
 
     def losses(self, batch: FlowBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -218,7 +240,7 @@ class RectifiedFlow:
         context, negative = (backbone.encode_context(text_encoder.encode(texts)) for texts in (prompts, [""] * len(prompts)))
         generator = torch.Generator().manual_seed(seed)
         schedule = self.scheduler.schedule(settings.preview_steps, settings.shift)
-        noise = torch.randn((len(prompts), *self.latents.shape[1:]), generator=generator)
+        noise = torch.randn((len(prompts), *self.shape), generator=generator)
         sample = (noise * schedule.noise_scale).to(self.device)
         state, given = self.scheduler.start(schedule), None if conditioning is None else moved(conditioning, self.device)
         for t in schedule.timesteps:
