@@ -145,7 +145,9 @@ def test_a_checkpoint_of_other_settings_is_told(tmp_path: Path, into: dict[str, 
         store.load(1, into)
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, 1j, b"bytes", torch.float32, [object()]], ids=repr)
+@pytest.mark.parametrize(
+    "value", [object(), {1, 2}, 1j, b"bytes", torch.float32, [object()]], ids=["object", "set", "complex", "bytes", "dtype", "list of one"]
+)
 def test_what_is_neither_tensor_nor_plain_is_refused_before_anything_is_written(tmp_path: Path, value: Any) -> None:
     with Store(tmp_path) as store, pytest.raises(ValueError, match="at 'inner/odd': give tensors, numbers, strings"):
         store.save(1, {"inner": {"odd": value}})
