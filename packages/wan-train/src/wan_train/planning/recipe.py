@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from wan_dit.config import TINY, DiTConfig
+from wan_dit.plan import tokens
 from wan_dit.plugins import find, plugin_manager
 from wan_dit.recognition import ARCHITECTURES
 
-from ..config import TrainConfig
+from ..config import StageConfig, TrainConfig
 from .degrees import Degrees
 from .job import Bucket, Job
 from .policy import Wanted
@@ -47,10 +48,12 @@ def read(config: TrainConfig, gpus: int | None, size: tuple[int, int] | None = N
     least = max(context, parallel.fsdp)
     gpus = gpus or least
     ranks = max(1, gpus // context)
-    share = -(-config.batch_size // ranks)
-    micro = min(config.micro_batch or share, share)
+    clips, heaviest = bucket(config, size, frames), _heaviest(config)
+    share = -(-((heaviest.batch_size if heaviest else 0) or config.batch_size) // ranks)
+    budget = max(1, heaviest.tokens // tokens(model, clips.size, clips.frames)) if heaviest else share
+    micro = min(config.micro_batch or share, share, budget)
     job = Job(
-        model, (bucket(config, size, frames),), micro_batch=micro, accumulate=-(-share // micro),
+        model, (clips,), micro_batch=micro, accumulate=-(-share // micro),
         precision="autocast" if config.precision == "bf16" else "fp32", optimiser=config.optimiser.name, ema=config.ema > 0,
         held_gradients=True, lora=int(settings.get("lora", {}).get("rank", RANK)) if settings.get("train") == "lora" else 0,
     )  # fmt: skip
@@ -63,14 +66,24 @@ def read(config: TrainConfig, gpus: int | None, size: tuple[int, int] | None = N
 
 
 def bucket(config: TrainConfig, size: tuple[int, int] | None, frames: int | None) -> Bucket:
-    """Size, (width, height), and frames of the clips; of a recipe's data, whose sizes are (height, width), where they are not given."""
+    """Size, (width, height), and frames of the clips; where they are not given those of the heaviest stage, or of the recipe's data.
+
+    Sizes in a recipe are (height, width).
+    """
     data = config.data
+    if (stage := _heaviest(config)) is not None:
+        return Bucket(size or stage.video[::-1], frames or max(stage.frames))
     if size is None:
         found = data.settings.get("size") or (SHAPES if data.name == "shapes" else None)
         if found is None:
             raise ValueError(f"the data of '{config.name}' have no size of their own: say for which to plan with --size WxH")
         size = int(found[1]), int(found[0])
     return Bucket(size, int(data.settings.get("frames", FRAMES.get(data.name, 81))) if frames is None else frames)
+
+
+def _heaviest(config: TrainConfig) -> StageConfig | None:
+    """The stage with the largest clips: the memory of a run is that of it."""
+    return max(config.stages, key=lambda stage: stage.video[0] * stage.video[1] * max(stage.frames), default=None)
 
 
 def architecture(name: str, changes: dict[str, Any] | None = None) -> DiTConfig:
