@@ -339,7 +339,7 @@ def test_recipes_are_planned(flow_toml: Any, capsys: Captured) -> None:
 
 
 def test_a_recipe_with_stages_is_planned_for_its_heaviest(flow_toml: Any, capsys: Captured) -> None:
-    shapes = '[{name="a", until=3, video=[16,16], frames=[1]}, {name="b", until=6, video=[32,48], frames=[5,9], tokens=40, batch_size=8}]'
+    shapes = '[{name="a",until=3,video=[16,16],frames=[1]},{name="b",until=6,video=[32,48],frames=[5,9],tokens=40,batch_size=8}]'
     found = told(capsys, "--config", str(flow_toml), f"stages={shapes}")
     assert found["buckets"] == [{"size": [48, 32], "frames": 9, "share": 1.0, "tokens": 18}]
     assert (found["layout"]["micro_batch"], found["layout"]["accumulate"]) == (2, 4), "what 40 tokens hold"
