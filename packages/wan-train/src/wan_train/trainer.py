@@ -132,7 +132,8 @@ class Trainer:
         modules, measured = self.averaged(), dict[str, float]()
         if self.layout.is_main:
             clips, measured = self.objective.preview(modules)
-            tracker.log(self.step, measured)
+            if measured:  # a data set may have nothing to measure
+                tracker.log(self.step, measured)
             tracker.grid(self.step, clips)
         measured = self.layout.from_first(measured)
         if self.optimiser.plateau is not None:
