@@ -28,7 +28,7 @@ STAMPS = "installed"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 CONSTRAINTS = ROOT / "constraints.txt"
 BUILD = ["hatchling", "editables"]
-TEST = ["pytest", "pytest-xdist", "hypothesis", "build", "gguf", "diffusers", "transformers", "scikit-image", "scikit-video"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "build", "gguf", "diffusers", "accelerate", "transformers", "scikit-image", "scikit-video"]
 LINT = ["ruff"]
 TYPES = ["mypy", "types-tqdm"]
 DOCS = ["mkdocs-material", "mkdocstrings-python", "ruff"]  # ruff formats signatures
@@ -97,7 +97,7 @@ def docs(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Measure against diffusers and transformers, and write docs/benchmarks.md and docs/parity.md; `-- parity` does one."""
-    environment(session, *TEST, "accelerate")  # with which diffusers loads as its users have it
+    environment(session, *TEST)
     for script in session.posargs or ["parity", "benchmarks"]:
         session.run(str(BIN / "python"), f"bench/{script}.py", f"docs/{script}.md", env=ONE_THREAD, external=True)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from wan_dit._shared.cli import add_common
@@ -125,7 +125,7 @@ def _write_vae(part: Part, out: Path, layout: str, dtype: torch.dtype | None) ->
 
 
 def _write_text_encoder(part: Part, out: Path, layout: str, dtype: torch.dtype | None) -> None:
-    export: Any = import_module("wan_text.export")  # no dependency of wan-train; `read_parts` has told where it is not installed
+    export: Any = resolve_name(f"{part.target.partition('.')[0]}.export")  # of the package that the part is from, as a plugin's target is
     save = {"own": export.save_wan, "official": export.save_official, "diffusers": export.save_hugging_face, "comfy": export.save_comfy}
     state = {key.removeprefix("umt5."): value for key, value in part.state.items()}
     save[layout](part.config, state, part.files["spiece.model"], out, dtype or export.own_dtype(state))
