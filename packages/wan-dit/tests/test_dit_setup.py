@@ -109,7 +109,7 @@ BAD = [
     (["--preset", "wan2.1-t2v-14b"], "preset is for a model on disk"),
     (["--model", "empty"], "'{here}/empty' is no model: expected an official release"),
     (["--ulysses", "2"], "not set: start several processes by torchrun"),
-    (["--preview", "p.bmp"], "cannot write a preview to 'p.bmp'"),
+    (["--preview", "p.bmp", "--model", "empty"], "cannot write a preview to 'p.bmp'"),  # before the model is looked at
 ]
 
 

@@ -232,6 +232,36 @@ def test_a_step_of_a_lora_takes_what_is_planned(base: Any, choice: Any, tmp_path
     assert sum(found.size(name) for name in ("blocks", "backward", "context", "around")) == pytest.approx(meter.peak, rel=0.1)
 
 
+def test_a_policy_covers_the_vace_blocks_too() -> None:
+    """The same gradients with every block recomputed, and all that is kept between forward and backward is what goes between blocks."""
+    torch.manual_seed(0)
+    model = WanDiT(SMALL.model_copy(update={"vace_layers": (0, 2), "vace_in_dim": 96}))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.05)
+    latents, vace, text = torch.randn(1, 16, 3, 16, 16), torch.randn(1, 96, 3, 16, 16), [torch.randn(64, 64)]
+
+    def step() -> int:
+        rope_table.cache_clear()
+        with Meter([*model.parameters(), latents, vace, *text]) as meter:
+            velocity = model(latents, torch.tensor([500.0]), model.encode_context(text), conditioning=Conditioning(vace=vace))
+            velocity.square().mean().backward()
+        return meter.peak
+
+    kept = step()
+    expected = [weight.grad for weight in model.parameters()]
+    model.zero_grad()
+    with pytest.raises(ValueError, match=r"memory\.policy is for 4 blocks, the backbone has 6"):
+        apply_policy(model, MemoryConfig(policy=("recompute",) * 4))
+    apply_policy(model, MemoryConfig(policy=("recompute",) * 4 + ("keep",) * 2))
+    some = step()
+    model.zero_grad()
+    apply_policy(model, MemoryConfig(policy=("keep",) * 4 + ("recompute",) * 2))
+    fewest = step()
+    for weight, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient)
+    assert fewest < some < kept
+
+
 def _adapted(layer: Any, rank: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     """A LoRA on a linear layer, by a hook."""
     down = torch.nn.Parameter(torch.randn(rank, layer.in_features))

@@ -64,6 +64,9 @@ def _generate(args: argparse.Namespace) -> None:
         if state.exists() and not args.overwrite:
             raise FileExistsError(f"'{state}' is of a run that was stopped: go on with wan-dit resume, or replace it with --overwrite")
 
+    if args.preview:
+        outputs.check_preview(args.preview)
+
     from ._shared.weights import best_device
     from .pipeline import Pipeline
     from .tasks.record import task_of
@@ -98,8 +101,8 @@ def _run(pipe: Pipeline, args: argparse.Namespace, line: dict[str, Any], *, main
         return
     suffix = ".png" if _frames(pipe, line) == 1 else ".mp4"
     target = _output(args, line, suffix)
-    with kept(_state_path(outputs.targets(target)), target, args) as keep, previewed(pipe, args.preview) as show:
-        result = follow(pipe, line, keep, show)
+    with kept(_state_path(outputs.targets(target)), target, args) as keep:
+        result = follow(pipe, line, keep, previewer(pipe, args.preview))
         if args.cache and args.cache_error:
             exact = follow(pipe, {**line, "cache": None})
             error = float((result.video - exact.video).norm() / exact.video.norm())
@@ -161,8 +164,7 @@ def _parts_again(args: argparse.Namespace) -> list[str]:
     return [word for name, value in given.items() if value not in (None, MODEL) for word in (f"--{name.replace('_', '-')}", value)]
 
 
-@contextmanager
-def previewed(pipe: Pipeline, path: str | None) -> Iterator[Callable[[Event], None]]:
+def previewer(pipe: Pipeline, path: str | None) -> Callable[[Event], None]:
     """Writes a rough picture after every step, where a path is given."""
 
     def show(event: Event) -> None:
@@ -171,7 +173,7 @@ def previewed(pipe: Pipeline, path: str | None) -> Iterator[Callable[[Event], No
 
             save_preview(pipe.preview(denoised), path)
 
-    yield show
+    return show
 
 
 def report(args: argparse.Namespace, pipe: Pipeline, result: Result, files: list[Path]) -> None:

@@ -22,6 +22,7 @@ FORMATS = "FILE.mp4, FILE.gif, FOLDER/%04d.png for numbered frames, or FILE.png 
 HELP = FORMATS.replace("%", "%%")  # as argparse wants it
 SUFFIXES = (".mp4", ".png", ".json")
 VIDEOS = (".mp4", ".gif")
+PREVIEWS = (".png", ".gif")
 NUMBER = re.compile(r"%(?:0?[1-9])?d")
 
 
@@ -79,6 +80,12 @@ def check(path: str | os.PathLike[str], *, overwrite: bool = False) -> tuple[Pat
         if file.exists() and not overwrite and not (file.is_dir() and not any(file.iterdir())):
             raise FileExistsError(f"'{file}' exists: choose another name, or replace it with --overwrite (in Python overwrite=True)")
     return files
+
+
+def check_preview(path: str | os.PathLike[str]) -> None:
+    """ValueError where `path` does not name a kind of picture that a preview can be."""
+    if Path(path).suffix.lower() not in PREVIEWS:
+        raise ValueError(f"cannot write a preview to '{path}': give a name that ends in {' or '.join(PREVIEWS)}")
 
 
 def frame_name(pattern: Path, i: int) -> Path:

@@ -190,7 +190,7 @@ class Pipeline:
         return make_request(*specs, prompt, frames=frames, size=size, **given)
 
     def preview(self, latents: Tensor) -> np.ndarray[Any, Any]:
-        """A rough picture of latents `[1, C, T', H', W']`, uint8 `[T', H', W', 3]`, at no cost: by a linear map that is fitted once."""
+        """A rough picture of latents `[1, C, T', H', W']`, uint8 `[T', H', W', 3]`, by a linear map that is fitted once."""
         from .previews import fit_preview, latent_preview
 
         if self._preview is None:

@@ -32,77 +32,80 @@ TINY_WORDS = {
 }
 
 
+_HUB = "hub:Wan-AI"
+_T2V_A14B, _I2V_A14B = f"{_HUB}/Wan2.2-T2V-A14B", f"{_HUB}/Wan2.2-I2V-A14B"
+_BACKBONES = (
+    _Wan21("wan2.1-t2v-1.3b", parameters=1_418_996_800, weights=f"{_HUB}/Wan2.1-T2V-1.3B", summary="text to video"),
+    _Wan21("wan2.1-t2v-14b", parameters=14_288_491_584, weights=f"{_HUB}/Wan2.1-T2V-14B", summary="text to video"),
+    _WithImages("wan2.1-i2v-14b-480p", parameters=16_394_878_784, weights=f"{_HUB}/Wan2.1-I2V-14B-480P", summary="image to video"),
+    _WithImages("wan2.1-i2v-14b-720p", parameters=16_394_878_784, weights=f"{_HUB}/Wan2.1-I2V-14B-720P", summary="image to video"),
+    _WithImages(
+        "wan2.1-flf2v-14b",
+        parameters=16_395_536_704,
+        weights=f"{_HUB}/Wan2.1-FLF2V-14B-720P",
+        image_tokens=514,
+        summary="first and last frame",
+    ),
+    _Wan21("wan2.1-vace-1.3b", parameters=2_153_972_032, weights=f"{_HUB}/Wan2.1-VACE-1.3B", vace=True, summary="VACE"),
+    _Wan21("wan2.1-vace-14b", parameters=17_337_592_896, weights=f"{_HUB}/Wan2.1-VACE-14B", vace=True, summary="VACE"),
+    _Wan21(
+        "wan2.2-t2v-a14b-high",
+        parameters=14_288_491_584,
+        weights=f"{_T2V_A14B}/high_noise_model",
+        summary="text to video, expert of high noise",
+    ),
+    _Wan21(
+        "wan2.2-t2v-a14b-low",
+        parameters=14_288_491_584,
+        weights=f"{_T2V_A14B}/low_noise_model",
+        summary="text to video, expert of low noise",
+    ),
+    _Wan21(
+        "wan2.2-i2v-a14b-high",
+        parameters=14_288_901_184,
+        weights=f"{_I2V_A14B}/high_noise_model",
+        in_channels=36,
+        summary="image to video, expert of high noise",
+    ),
+    _Wan21(
+        "wan2.2-i2v-a14b-low",
+        parameters=14_288_901_184,
+        weights=f"{_I2V_A14B}/low_noise_model",
+        in_channels=36,
+        summary="image to video, expert of low noise",
+    ),
+    _Backbone(
+        "wan2.2-ti2v-5b",
+        parameters=4_999_787_712,
+        latent_space="wan2.2",
+        latent_channels=48,
+        stride=(4, 16, 16),
+        embedding_space="umt5-xxl",
+        text_dim=4096,
+        text_len=512,
+        in_channels=48,
+        weights=f"{_HUB}/Wan2.2-TI2V-5B",
+        summary="text, or a first frame, to video",
+    ),
+    _Backbone(
+        "tiny",
+        parameters=1_564_352,
+        latent_space="tiny-1",
+        latent_channels=16,
+        stride=(4, 8, 8),
+        embedding_space="tiny-1",
+        text_dim=96,
+        text_len=32,
+        in_channels=16,
+        weights="pkg:wan_dit/weights/tiny",
+        summary="built in, draws moving shapes only",
+    ),
+)
+
+
 @hookimpl
 def wan_backbones() -> list[BackboneSpec]:
-    hub = "hub:Wan-AI"
-    t2v_a14b, i2v_a14b = f"{hub}/Wan2.2-T2V-A14B", f"{hub}/Wan2.2-I2V-A14B"
-    return [
-        _Wan21("wan2.1-t2v-1.3b", parameters=1_418_996_800, weights=f"{hub}/Wan2.1-T2V-1.3B", summary="text to video"),
-        _Wan21("wan2.1-t2v-14b", parameters=14_288_491_584, weights=f"{hub}/Wan2.1-T2V-14B", summary="text to video"),
-        _WithImages("wan2.1-i2v-14b-480p", parameters=16_394_878_784, weights=f"{hub}/Wan2.1-I2V-14B-480P", summary="image to video"),
-        _WithImages("wan2.1-i2v-14b-720p", parameters=16_394_878_784, weights=f"{hub}/Wan2.1-I2V-14B-720P", summary="image to video"),
-        _WithImages(
-            "wan2.1-flf2v-14b",
-            parameters=16_395_536_704,
-            weights=f"{hub}/Wan2.1-FLF2V-14B-720P",
-            image_tokens=514,
-            summary="first and last frame",
-        ),
-        _Wan21("wan2.1-vace-1.3b", parameters=2_153_972_032, weights=f"{hub}/Wan2.1-VACE-1.3B", vace=True, summary="VACE"),
-        _Wan21("wan2.1-vace-14b", parameters=17_337_592_896, weights=f"{hub}/Wan2.1-VACE-14B", vace=True, summary="VACE"),
-        _Wan21(
-            "wan2.2-t2v-a14b-high",
-            parameters=14_288_491_584,
-            weights=f"{t2v_a14b}/high_noise_model",
-            summary="text to video, expert of high noise",
-        ),
-        _Wan21(
-            "wan2.2-t2v-a14b-low",
-            parameters=14_288_491_584,
-            weights=f"{t2v_a14b}/low_noise_model",
-            summary="text to video, expert of low noise",
-        ),
-        _Wan21(
-            "wan2.2-i2v-a14b-high",
-            parameters=14_288_901_184,
-            weights=f"{i2v_a14b}/high_noise_model",
-            in_channels=36,
-            summary="image to video, expert of high noise",
-        ),
-        _Wan21(
-            "wan2.2-i2v-a14b-low",
-            parameters=14_288_901_184,
-            weights=f"{i2v_a14b}/low_noise_model",
-            in_channels=36,
-            summary="image to video, expert of low noise",
-        ),
-        _Backbone(
-            "wan2.2-ti2v-5b",
-            parameters=4_999_787_712,
-            latent_space="wan2.2",
-            latent_channels=48,
-            stride=(4, 16, 16),
-            embedding_space="umt5-xxl",
-            text_dim=4096,
-            text_len=512,
-            in_channels=48,
-            weights=f"{hub}/Wan2.2-TI2V-5B",
-            summary="text, or a first frame, to video",
-        ),
-        _Backbone(
-            "tiny",
-            parameters=1_564_352,
-            latent_space="tiny-1",
-            latent_channels=16,
-            stride=(4, 8, 8),
-            embedding_space="tiny-1",
-            text_dim=96,
-            text_len=32,
-            in_channels=16,
-            weights="pkg:wan_dit/weights/tiny",
-            summary="built in, draws moving shapes only",
-        ),
-    ]
+    return list(_BACKBONES)
 
 
 @hookimpl
@@ -165,76 +168,77 @@ _Model = partial(
 )
 _I2V = partial(_Model, image_encoder="wan-text:clip-vit-h-14", negative_prompt=NEGATIVE_I2V, task="i2v", steps=40)
 _HD = (1280, 720)
+# parts are named with their distribution, so that these models stay whole whatever else offers a `tiny` or a `unipc`
+_OWN = "wan-dit:wan2"
+_MODELS = (
+    VideoModelSpec(
+        "tiny",
+        backbone="wan-dit:tiny",
+        vae="wan-vae:tiny",
+        text_encoder="wan-text:tiny",
+        scheduler="wan-dit:unipc",
+        steps=15,
+        shift=2.0,
+        guidance=2.0,
+        size=(64, 64),
+        frames=17,
+        fps=8,
+        summary="built in: six colours, four shapes, five motions",
+        extra={"words": TINY_WORDS},
+    ),
+    # shift and guidance of the 1.3 B model are those that its README recommends, not the official defaults of 5 and 5
+    _Model("wan2.1-t2v-1.3b", f"{_OWN}.1-t2v-1.3b", shift=8.0, guidance=6.0, summary="text to video at 480p"),
+    _Model("wan2.1-t2v-14b", f"{_OWN}.1-t2v-14b", size=_HD, summary="text to video at 480p and 720p"),
+    _Model("wan2.1-t2i-14b", f"{_OWN}.1-t2v-14b", size=(1024, 1024), frames=1, task="t2i", summary="text to image"),
+    _I2V("wan2.1-i2v-14b-480p", f"{_OWN}.1-i2v-14b-480p", shift=3.0, summary="image to video at 480p"),
+    _I2V("wan2.1-i2v-14b-720p", f"{_OWN}.1-i2v-14b-720p", size=_HD, summary="image to video at 720p"),
+    _I2V(
+        "wan2.1-flf2v-14b",
+        f"{_OWN}.1-flf2v-14b",
+        shift=16.0,
+        steps=50,
+        size=_HD,
+        task="flf2v",
+        negative_prompt=NEGATIVE_FLF2V,
+        summary="first and last frame to video",
+    ),
+    _Model("wan2.1-vace-1.3b", f"{_OWN}.1-vace-1.3b", shift=16.0, task="vace", summary="creation and editing at 480p"),
+    _Model("wan2.1-vace-14b", f"{_OWN}.1-vace-14b", shift=16.0, size=_HD, task="vace", summary="creation and editing at 480p and 720p"),
+    _Model(
+        "wan2.2-t2v-a14b",
+        f"{_OWN}.2-t2v-a14b-high",
+        low_noise_backbone=f"{_OWN}.2-t2v-a14b-low",
+        boundary=0.875,
+        steps=40,
+        shift=12.0,
+        guidance=(3.0, 4.0),
+        size=_HD,
+        summary="text to video, two experts",
+    ),
+    _Model(
+        "wan2.2-i2v-a14b",
+        f"{_OWN}.2-i2v-a14b-high",
+        low_noise_backbone=f"{_OWN}.2-i2v-a14b-low",
+        boundary=0.9,
+        steps=40,
+        guidance=(3.5, 3.5),
+        size=_HD,
+        task="i2v",
+        summary="image to video, two experts",
+    ),
+    _Model(
+        "wan2.2-ti2v-5b",
+        f"{_OWN}.2-ti2v-5b",
+        vae="wan-vae:wan2.2",
+        size=(1280, 704),
+        frames=121,
+        fps=24,
+        task="ti2v",
+        summary="text, or a first frame, to video at 720p",
+    ),
+)
 
 
 @hookimpl
 def wan_models() -> list[VideoModelSpec]:
-    # parts are named with their distribution, so that these models stay whole whatever else offers a `tiny` or a `unipc`
-    own = "wan-dit:wan2"
-    return [
-        VideoModelSpec(
-            "tiny",
-            backbone="wan-dit:tiny",
-            vae="wan-vae:tiny",
-            text_encoder="wan-text:tiny",
-            scheduler="wan-dit:unipc",
-            steps=15,
-            shift=2.0,
-            guidance=2.0,
-            size=(64, 64),
-            frames=17,
-            fps=8,
-            summary="built in: six colours, four shapes, five motions",
-            extra={"words": TINY_WORDS},
-        ),
-        # shift and guidance of the 1.3 B model are those that its README recommends, not the official defaults of 5 and 5
-        _Model("wan2.1-t2v-1.3b", f"{own}.1-t2v-1.3b", shift=8.0, guidance=6.0, summary="text to video at 480p"),
-        _Model("wan2.1-t2v-14b", f"{own}.1-t2v-14b", size=_HD, summary="text to video at 480p and 720p"),
-        _Model("wan2.1-t2i-14b", f"{own}.1-t2v-14b", size=(1024, 1024), frames=1, task="t2i", summary="text to image"),
-        _I2V("wan2.1-i2v-14b-480p", f"{own}.1-i2v-14b-480p", shift=3.0, summary="image to video at 480p"),
-        _I2V("wan2.1-i2v-14b-720p", f"{own}.1-i2v-14b-720p", size=_HD, summary="image to video at 720p"),
-        _I2V(
-            "wan2.1-flf2v-14b",
-            f"{own}.1-flf2v-14b",
-            shift=16.0,
-            steps=50,
-            size=_HD,
-            task="flf2v",
-            negative_prompt=NEGATIVE_FLF2V,
-            summary="first and last frame to video",
-        ),
-        _Model("wan2.1-vace-1.3b", f"{own}.1-vace-1.3b", shift=16.0, task="vace", summary="creation and editing at 480p"),
-        _Model("wan2.1-vace-14b", f"{own}.1-vace-14b", shift=16.0, size=_HD, task="vace", summary="creation and editing at 480p and 720p"),
-        _Model(
-            "wan2.2-t2v-a14b",
-            f"{own}.2-t2v-a14b-high",
-            low_noise_backbone=f"{own}.2-t2v-a14b-low",
-            boundary=0.875,
-            steps=40,
-            shift=12.0,
-            guidance=(3.0, 4.0),
-            size=_HD,
-            summary="text to video, two experts",
-        ),
-        _Model(
-            "wan2.2-i2v-a14b",
-            f"{own}.2-i2v-a14b-high",
-            low_noise_backbone=f"{own}.2-i2v-a14b-low",
-            boundary=0.9,
-            steps=40,
-            guidance=(3.5, 3.5),
-            size=_HD,
-            task="i2v",
-            summary="image to video, two experts",
-        ),
-        _Model(
-            "wan2.2-ti2v-5b",
-            f"{own}.2-ti2v-5b",
-            vae="wan-vae:wan2.2",
-            size=(1280, 704),
-            frames=121,
-            fps=24,
-            task="ti2v",
-            summary="text, or a first frame, to video at 720p",
-        ),
-    ]
+    return list(_MODELS)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .media import contact_sheet, write_gif
+from .outputs import check_preview
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,12 +68,10 @@ def latent_preview(latents: Tensor, latent_map: LatentMap) -> np.ndarray[Any, An
 
 def save_preview(frames: np.ndarray[Any, Any], path: str | os.PathLike[str], fps: float = 4) -> Path:
     """Write the frames of `latent_preview` as a `.gif`, or as one `.png` with all of them, large enough to see."""
+    check_preview(path)
     video = torch.from_numpy(frames).permute(3, 0, 1, 2).float().div(127.5).sub(1)
-    suffix = Path(path).suffix.lower()
-    if suffix == ".png":
+    if Path(path).suffix.lower() == ".png":
         return contact_sheet(video, path)
-    if suffix != ".gif":
-        raise ValueError(f"cannot write a preview to '{path}': give a name that ends in .png or .gif")
     scale = max(1, -(-SMALLEST // frames.shape[2]))
     return write_gif(F.interpolate(video, scale_factor=scale, mode="nearest"), path, fps)
 

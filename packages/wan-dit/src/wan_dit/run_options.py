@@ -44,7 +44,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("strict", "official", "diffusers", "fast"), help="of residuals and norms in 16 bits (default: official)"
     )
     how.add_argument("--offload", choices=("none", "model", "blocks", "stream"), default="none",
-                     help="keep in memory: all; a part at a time; some blocks; one block, read from its file")  # fmt: skip
+                     help="keep in memory: all; a part at a time; two blocks; two blocks, read from their file")  # fmt: skip
     how.add_argument("--quantise", choices=("int8", "fp8"), help="linear layers of the blocks in 8 bits")
     how.add_argument("--attention", metavar="NAME", help="of wan-dit plugins (default: sdpa)")
     how.add_argument("--cache", metavar="NAME[:KEY=VALUE,...]", help="skip work that changes little, at some loss; of wan-dit plugins")

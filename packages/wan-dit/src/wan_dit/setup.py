@@ -35,8 +35,8 @@ class BackboneSetup:
     precision: see `WanDiT`; None is the backbone's own
     loras: put on in this order; `on_unmatched` says what a key without a place means
     attention: a name from `wan_attentions`, None for torch's
-    offload: `"model"` keeps one part in memory at a time beside the VAE, `"blocks"` one block of the backbone on the device,
-    `"stream"` reads each block from the file when it runs
+    offload: `"model"` keeps one part in memory at a time beside the VAE, `"blocks"` two blocks of the backbone on the device,
+    one running and one arriving, `"stream"` the same, read from the file
     quantise: linear layers of the blocks in int8 or fp8, None for none
     context_embedder: a file that makes the backbone read another text encoder
     compile: compile one block, which all others share

@@ -25,7 +25,7 @@ class Curriculum:
     def __init__(self, config: TrainConfig, dataset: Any, samples: int, grid: Grid) -> None:
         self.config, self.dataset, self.grid = config, dataset, grid
         self.order = Order(samples, config.seed)
-        self.index, self.since, self.position, self.taken = 0, 0, Position(), 0
+        self.index, self.position, self.taken = 0, Position(), 0
         self._samplers: dict[int, Sampler] = {}
         _check(config.stages, config.steps)
 
@@ -44,7 +44,7 @@ class Curriculum:
         stage = self.stage
         if stage is None or self.index + 1 == len(self.config.stages) or not (step >= stage.until or (spent and stage.may_end_early)):
             return False
-        self.index, self.since, self.position = self.index + 1, step, Position()
+        self.index, self.position = self.index + 1, Position()
         return True
 
     def take(self, count: int) -> list[Micro]:
@@ -59,10 +59,10 @@ class Curriculum:
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"index": self.index, "since": self.since, "epoch": self.position.epoch, "place": self.position.index, "taken": self.taken}
+        return {"index": self.index, "epoch": self.position.epoch, "place": self.position.index, "taken": self.taken}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.index, self.since, self.taken = state["index"], state["since"], state["taken"]
+        self.index, self.taken = state["index"], state["taken"]
         self.position = Position(state["epoch"], state["place"])
 
     def _sampler(self) -> Sampler:

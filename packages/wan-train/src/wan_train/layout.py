@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from wan_dit.parallel import shard
-from wan_dit.parallel.sequence import check_heads, sequence_parallel
+from wan_dit.parallel.sequence import sequence_parallel
 
 from .config import ParallelConfig
 
@@ -63,10 +63,6 @@ class Layout:
                 sequence_parallel(trunk, ulysses=self._group("ulysses"), ring=self._group("ring"))
             if self.shards is not None:
                 shard(module, self.shards if self.shards.shape[0] > 1 else self.shards["shard"])
-
-    def check_heads(self, heads: int) -> None:
-        """ValueError where Ulysses cannot split so many attention heads."""
-        check_heads(heads, self.config.ulysses)
 
     @contextmanager
     def accumulating(self, modules: Iterable[nn.Module], last: bool) -> Iterator[None]:

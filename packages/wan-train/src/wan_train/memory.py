@@ -17,19 +17,23 @@ from .config import MemoryConfig
 
 
 def apply_policy(module: nn.Module, config: MemoryConfig) -> None:
-    """Wrap the blocks of a module's trunk; one without a trunk is left as it is. ValueError where the policy is for another depth."""
+    """Wrap the blocks of a module's trunk, its VACE blocks last; one without a trunk is left as it is.
+
+    ValueError where the policy is for another number of blocks.
+    """
     trunk = getattr(module, "trunk", None)
     if not isinstance(trunk, nn.Module):
         return
-    blocks = cast(nn.ModuleList, trunk.blocks)
+    lists = [cast(nn.ModuleList, trunk.blocks), getattr(trunk, "vace_blocks", nn.ModuleList())]
+    blocks = [(part, i) for part in lists for i in range(len(part))]
     policy = (config.policy,) * len(blocks) if isinstance(config.policy, str) else config.policy
     if len(policy) != len(blocks):
         raise ValueError(f"memory.policy is for {len(policy)} blocks, the backbone has {len(blocks)}: give one for each, or one for all")
-    for i, choice in enumerate(policy):
+    for (part, i), choice in zip(blocks, policy, strict=True):
         if choice == "recompute":
-            blocks[i] = checkpoint_wrapper(blocks[i], CheckpointImpl.NO_REENTRANT)
+            part[i] = checkpoint_wrapper(part[i], CheckpointImpl.NO_REENTRANT)
         elif choice == "offload":
-            blocks[i] = _Offloaded(blocks[i])
+            part[i] = _Offloaded(part[i])
 
 
 class _Offloaded(ActivationWrapper):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .config import OptimiserConfig
-from .copies import State, local, named
+from .copies import local, named
 from .plateau import Plateau
 
 
@@ -94,10 +94,6 @@ class EMA:
             for own, given, live in pairs:
                 if not isinstance(given, nn.Parameter):  # a buffer
                     own.copy_(live)
-
-
-def _copied(state: State) -> State:
-    return {name: value.detach().clone() for name, value in state.items()}
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -140,7 +141,7 @@ class Trainer:
             self.optimiser.plateau.see(measured)
 
     def _train_step(self, store: Store | None = None) -> dict[str, float]:
-        """One step; without a store, from which it could be taken back, one that went wrong ends the run."""
+        """One step; where it went wrong it is left out, or taken back to the last checkpoint of the store, or ends the run."""
         start, config = time.perf_counter(), self.config
         progress, plateau = self.step / config.steps, self.optimiser.plateau
         if self.curriculum.advance(self.step, spent=plateau is not None and plateau.spent):
@@ -164,7 +165,7 @@ class Trainer:
         """Leave the gradient of the mean loss of all samples; returns the loss and the mean figures."""
         config, count, start = self.config, sum(len(micro.samples) for micro in micros), time.perf_counter()
         sums: dict[str, Tensor] = {"loss": torch.zeros((), dtype=torch.float64)}
-        turns = self._batches(micros, partial(_draw, config.seed, self.step), progress)
+        turns = self._batches(micros, partial(generator, config.seed, self.step), progress)
         for i, (batch, weight) in enumerate(turns):
             with (
                 self.layout.accumulating(self.objective.modules.values(), last=i == len(turns) - 1),
@@ -183,18 +184,18 @@ class Trainer:
 
     def _recover(self, verdict: Verdict, store: Store | None) -> None:
         """What follows a step that went wrong: it is left out, or the last checkpoint is taken up with the samples that come next."""
-        step = None if store is None else store.latest()
-        if verdict is Verdict.STOP or step is None:
-            advice = "lower optimiser.lr or optimiser.clip, and take up the last checkpoint with --resume"
-            raise ValueError(f"{self.guard.reason} at step {self.step + 1}: {advice}")
+        told = f"{self.guard.reason} at step {self.step + 1}"
         if verdict is Verdict.SKIP:
+            warnings.warn(f"{told}: left out", stacklevel=2)
             self.step += 1
             return
+        if verdict is Verdict.STOP or store is None or store.latest() is None:
+            raise ValueError(f"{told}: lower optimiser.lr or optimiser.clip, and take up the last checkpoint with --resume")
         curriculum, guard = self.curriculum.state(), self.guard.state()
-        assert store is not None
         self._take_up(store)
         self.curriculum.load(curriculum)
         self.guard.load(guard)
+        warnings.warn(f"{told}: taken back to step {self.step}", stacklevel=2)
 
     def _batches(self, micros: Sequence[Micro], draw: Draw, progress: float) -> list[tuple[Any, float]]:
         """The batches of this data rank, as many as of any other, with weight 0 where there is nothing left for it.
@@ -202,7 +203,7 @@ class Trainer:
         A context parallel group encodes as many batches at a time as it has processes, one each, and all compute on all of them.
         """
         layout = self.layout
-        shares = [self._bounded(each) for each in (_shares(micros, layout.data_ranks))]
+        shares = [self._bounded(each) for each in _shares(micros, layout.data_ranks)]
         turns = max(map(len, shares))
         own = [(micro, 1.0) for micro in shares[layout.data_rank]]
         own += [(Micro(micros[0].bucket, micros[0].samples[:1]), 0.0)] * (-(-turns // layout.context) * layout.context - len(own))
@@ -263,10 +264,6 @@ class Trainer:
         if overwrite and self.layout.is_main:
             shutil.rmtree(folder, ignore_errors=True)
         self.layout.barrier()
-
-
-def _draw(seed: int, step: int, sample: int, stream: str) -> torch.Generator:
-    return generator(seed, step, sample, stream)
 
 
 def _shares(micros: Sequence[Micro], ranks: int) -> list[list[Micro]]:
