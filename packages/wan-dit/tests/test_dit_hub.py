@@ -21,12 +21,11 @@ OLD, NEW = "1" * 40, "2" * 40
 REPO = "org/Wan-A14B"
 READ = """
 import json, sys
-from wan_dit._shared.weights import locate, revision_of
-from wan_dit.checkpoint import HUB_FILES
+from wan_dit.parts import revision
 from wan_dit.plugins import find
 try:
     spec = find("wan_backbones", sys.argv[1])
-    print(json.dumps([spec.load().fingerprint(), revision_of(locate(sys.argv[1], HUB_FILES))]))
+    print(json.dumps([spec.load().fingerprint(), revision(spec)]))
 except OSError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """

@@ -119,7 +119,7 @@ class Parts:
         dist, version = origin(kind, spec, self.pm)
         if part in self._loaded and part is not None:
             self._note_weights(part, self._loaded[part])
-        return Part(name=spec.name, dist=dist, version=version, weights=self._weights.get(part or ""), revision=_revision(spec))
+        return Part(name=spec.name, dist=dist, version=version, weights=self._weights.get(part or ""), revision=revision(spec))
 
     def _note_weights(self, part: str, loaded: Any) -> None:
         """Fingerprint of the weights as read; taken once, since a large model takes seconds."""
@@ -154,17 +154,20 @@ class Parts:
                 self.specs[part] = replace(self.specs[part], **facts)
 
 
-def _revision(spec: Any) -> str | None:
-    """The commit in the Hub's cache that a part was read from; None where it is of no repository there."""
+def revision(spec: Any) -> str | None:
+    """The commit in the Hub's cache that a part was read from; None where it is of no repository there.
+
+    It is read as the cache keeps it, since `snapshot_download` refuses a repository of which only some files were fetched.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     weights = getattr(spec, "weights", None) or ""
     if not weights.startswith("hub:"):
         return revision_of(Path(weights)) if weights and not weights.startswith("pkg:") else None
     org, name, *_ = weights.removeprefix("hub:").split("/")
-    name, _, revision = name.partition("@")
-    reference = Path(HF_HUB_CACHE) / f"models--{org}--{name}" / "refs" / (revision or "main")
-    return reference.read_text().strip() if reference.is_file() else revision or None
+    name, _, wanted = name.partition("@")
+    reference = Path(HF_HUB_CACHE) / f"models--{org}--{name}" / "refs" / (wanted or "main")
+    return reference.read_text().strip() if reference.is_file() else wanted or None
 
 
 def _read_ahead(weights: str) -> None:
