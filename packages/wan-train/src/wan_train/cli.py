@@ -26,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Generate clips of the shapes prompts and read colour, shape, motion and background from their pixels.",
     )
     evaluate.add_argument("--model", default="tiny", help="name of the model (default: tiny)")
+    evaluate.add_argument("--backbone", help="in place of the model's: a name, folder or file, such as an export of a run")
+    evaluate.add_argument("--text-encoder", help="in place of the model's")
+    evaluate.add_argument("--context-embedder", metavar="FILE", help="makes the backbone read that text encoder")
+    evaluate.add_argument("--lora", metavar="FILE[:WEIGHT]", action="append", default=[], help="put on the backbone; may be repeated")
     evaluate.add_argument("--vae", help="instead of a model: the PSNR of a VAE, and what is read from its reconstructions")
     evaluate.add_argument("--count", type=int, default=200, help="number of clips, half of them held-out combinations (default: 200)")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the first clip (default: 0)")
@@ -43,9 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from wan_dit.lora import parse_lora
+    from wan_dit.setup import BackboneSetup
+
     from .evaluation.generated import evaluate_model, evaluate_vae
 
-    show(evaluate_vae(args.vae, args.count) if args.vae else evaluate_model(args.model, args.count, args.seed), as_json=args.json)
+    if args.vae:
+        show(evaluate_vae(args.vae, args.count), as_json=args.json)
+        return
+    setup = BackboneSetup(loras=[parse_lora(text) for text in args.lora], context_embedder=args.context_embedder)
+    parts = {"backbone": args.backbone, "text_encoder": args.text_encoder}
+    given = {part: ref for part, ref in parts.items() if ref is not None}
+    show(evaluate_model(args.model, args.count, args.seed, setup=setup, **given), as_json=args.json)
 
 
 def _list(args: argparse.Namespace) -> None:

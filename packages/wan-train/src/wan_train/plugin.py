@@ -19,5 +19,6 @@ def wan_objectives() -> list[ObjectiveSpec]:
 def wan_datasets() -> list[DatasetSpec]:
     return [
         DatasetSpec("shapes", "wan_train.data.shapes:Shapes", summary="rendered moving shapes with captions"),
+        DatasetSpec("natural", "wan_train.data.natural:Natural", summary="procedural clips with the statistics of film, without captions"),
         DatasetSpec("folder", "wan_train.data.folder:Folder", summary="films and pictures of a folder, with captions beside them"),
     ]

@@ -34,6 +34,7 @@ _STAYS = (
     "the {c} {s} is still",
     "a {c} {s} that stands still",
 )
+_PICTURES = ("a {c} {s}", "{c} {s}", "the {c} {s}", "a {s} in {c}")
 _PLACES = (
     "{} on a {b} background",
     "{} on {b}",
@@ -110,6 +111,14 @@ def caption(scene: Scene, rng: np.random.Generator, background: bool | None = No
     return _finish(
         _phrase(scene, wording), place if background else "{}", scene.background, bool(capital < CAPITAL_SHARE), bool(stop < STOP_SHARE)
     )
+
+
+def picture_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One caption of a scene of which a single frame is seen: it names no motion."""
+    phrase = str(rng.choice(_PICTURES)).format(c=scene.colour, s=scene.shape)
+    named, capital, stop = rng.random(3)
+    place = str(rng.choice(_PLACES)) if named < BACKGROUND_SHARE else "{}"
+    return _finish(phrase, place, scene.background, bool(capital < CAPITAL_SHARE), bool(stop < STOP_SHARE))
 
 
 def unknown_words(prompt: str) -> list[str]:

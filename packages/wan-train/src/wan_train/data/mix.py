@@ -103,8 +103,11 @@ class Mix:
         return groups
 
     def _own(self, index: int) -> tuple[Any, int]:
-        if not 0 <= index < len(self):
+        if index < 0:
             raise IndexError(f"sample {index} of a mix of {len(self)}")
+        if index >= len(self):  # never trained on: one of each data set in turn
+            turn, place = divmod(index - len(self), len(self.datasets))
+            return self.datasets[place], len(self.datasets[place]) + turn
         place = bisect_right(self._ends, index)
         return self.datasets[place], index - (self._ends[place - 1] if place else 0)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .buckets import Bucket, Info
-from .captions import caption, evaluation_prompts
+from .captions import caption, evaluation_prompts, picture_caption
 from .scenes import BACKGROUNDS, CAPTION, COLOURS, MOTIONS, SHAPES, SPLITS, Scene, Split, generator, held_out, sample_scenes, scene_at
 
 __all__ = ["SHAPES", "Scene", "Shapes", "Split", "coverage", "held_out", "render", "sample_scenes"]
@@ -154,9 +154,10 @@ class Shapes:
         return f"shapes/1 {self.split} {self.seed} {self.focus} {index}"
 
     def captions(self, index: int) -> list[str]:
-        """16 captions of an item; a quarter of all leave the background out."""
+        """16 captions of an item; a quarter of all leave the background out, those of single frames the motion."""
         scene, wording = scene_at(index, self.seed, self.split, self.focus), generator(self.seed, index, CAPTION)
-        return [caption(scene, wording) for _ in range(_CAPTIONS)]
+        worded = caption if self.frames > 1 else picture_caption
+        return [worded(scene, wording) for _ in range(_CAPTIONS)]
 
     def evaluation_prompts(self, n: int) -> list[str]:
         """Prompts for previews, half of them held-out combinations; those of seed 0 are kept for the final figures."""

@@ -14,13 +14,19 @@ from ..plugins import find, plugin_manager
 from .shapes import Report, accuracy_on_true_clips, evaluate
 
 if TYPE_CHECKING:
+    from wan_dit.setup import BackboneSetup
+
     from ..plugins import PluginManager
 
 Row = dict[str, Any]
 
 
-def evaluate_model(model: str, count: int = 200, seed: int = 0, pm: PluginManager | None = None) -> list[Row]:
+def evaluate_model(
+    model: str, count: int = 200, seed: int = 0, pm: PluginManager | None = None, setup: BackboneSetup | None = None, **parts: str
+) -> list[Row]:
     """Rates over `count` prompts, half of them of held-out combinations, each generated with the model's default settings.
+
+    setup, parts: what is done to the backbone, and parts in place of the model's own, as `wan_dit.Pipeline` takes them
 
     The seeds of the clips are seed, seed + 1, ... Prompts never change: they are those of `evaluation_prompts` with seed 0.
     Raises ValueError where count is below 2, LookupError for an unknown model.
@@ -29,7 +35,7 @@ def evaluate_model(model: str, count: int = 200, seed: int = 0, pm: PluginManage
 
     if count < 2:
         raise ValueError(f"count is {count}: give 2 or more, one of a seen and one of a held-out combination")
-    pipe = Pipeline(model, pm=pm)
+    pipe = Pipeline(model, pm=pm, setup=setup, **parts)
     prompts = [*evaluation_prompts(count - count // 2), *evaluation_prompts(count // 2, held_out=True)]
     clips = [pipe(prompt, seed=seed + i).video for i, prompt in enumerate(tqdm(prompts, desc="clips", disable=None))]
     return list(_rows(evaluate(torch.cat(clips), prompts)))
