@@ -44,14 +44,8 @@ def main(*arguments: str) -> None:
         coded["bicubic"] = smaller(clip, latents.numel(), time=1)
         coded["bicubic, time too"] = smaller(clip, latents.numel(), time=vae.spec.stride[0])
         coded["H.264"], size = h264(clip, 2 * latents.numel())
-        rows.append(
-            [
-                path.stem,
-                "x".join(map(str, clip.shape[:1:-1])),
-                f"{clip.numel() / latents.numel():.1f}",
-                *map(figures, coded.values(), [clip] * 4),
-            ]
-        )
+        shape, ratio = "x".join(map(str, clip.shape[:1:-1])), f"{clip.numel() / latents.numel():.1f}"
+        rows.append([path.stem, shape, ratio, *(figures(made, clip) for made in coded.values())])
         print(*rows[-1], f"({size} of {2 * latents.numel()} bytes)", sep=" | ")
     heads = ["clip", "width x height x frames", "values in / out", name, "bicubic", "bicubic, time too", "H.264 of the size in fp16"]
     Path(page).write_text(f"{header('Real film', 'film', SUMMARY)}\n{machine(torch.get_num_threads())}\n{table(heads, rows)}")

@@ -29,7 +29,8 @@ def test_clips_are_found_by_name_and_depend_on_nothing_but_their_number(clips: T
 def test_clips_are_varied_pictures_in_range(clips: Tensor) -> None:
     assert clips.shape == (48, 3, 17, 64, 64)
     assert clips.dtype == torch.float32
-    assert clips.min() >= -1 and clips.max() <= 1
+    assert clips.min() >= -1
+    assert clips.max() <= 1
     assert clips.std() > 0.3
     assert len({round(float(clip.mean()), 3) for clip in clips}) == 48
     grey = (clips - clips.mean(1, keepdim=True)).abs().amax((1, 2, 3, 4)) < 0.06  # grain alone

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .buckets import Bucket, Info
 from .scenes import generator
-from .textures import fractal, still
+from .textures import Picture, fractal, still
 
 CLIP = 16  # random stream, apart from those of `scenes`
 FPS = 16.0
@@ -107,7 +107,7 @@ def _motion(rng: np.random.Generator, frames: int, most: float) -> Tensor:
     return path
 
 
-def _sampled(picture: np.ndarray, path: Tensor, side: int, size: tuple[int, int]) -> Tensor:
+def _sampled(picture: Picture, path: Tensor, side: int, size: tuple[int, int]) -> Tensor:
     """The still `[side, side, C]` seen along a path: `[C, frames, height, width]`; beyond its borders it is mirrored."""
     frames, angle, zoom = len(path), path[:, 2], path[:, 3].clamp(-0.5, 0.5).exp()
     rows = torch.arange(size[0]) - (size[0] - 1) / 2
@@ -127,7 +127,8 @@ def _seen(rng: np.random.Generator, clip: Tensor) -> Tensor:
     clip = grey + rng.uniform(0.6, 1.3) * (clip - grey) if rng.random() < 0.9 else grey.expand(3, -1, -1, -1)
     clip = clip.clamp(0, 1) ** rng.uniform(0.7, 1.6) * rng.uniform(0.6, 1.1) + rng.uniform(0, 0.08)
     if rng.random() < 0.1:  # to or from black, or white
-        gain = torch.linspace(*rng.uniform(0, 1, 2).tolist(), frames).view(1, -1, 1, 1)
+        first, last = rng.uniform(0, 1, 2).tolist()
+        gain = torch.linspace(first, last, frames).view(1, -1, 1, 1)
         clip = clip * gain + (1 - gain) * float(rng.integers(2))
     if rng.random() < 0.3:
         grain = torch.from_numpy(rng.standard_normal(tuple(clip.shape), dtype=np.float32))

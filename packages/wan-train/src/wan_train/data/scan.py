@@ -107,7 +107,7 @@ def scan(source: Path, cut: Cut, *, captions: bool = True, min_side: int = 0, in
     Raises FileNotFoundError where there is no such folder or listing.
     """
     if not source.exists():
-        raise FileNotFoundError(f"no folder or listing at '{source}'")
+        raise FileNotFoundError(f"no folder or listing at path '{source}'")
     if source.is_file() and not is_listing(source):
         raise ValueError(f"'{source}' is no folder and no listing (.jsonl, .csv or .json)")
     listing, files = _listed(source)

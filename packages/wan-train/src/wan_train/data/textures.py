@@ -48,11 +48,8 @@ def clouds(rng: np.random.Generator, size: int) -> Picture:
     fields = fractal(rng, size, rng.uniform(0.9, 1.9), 3)
     first, second, third = palette(rng, 3)
     contrast = rng.uniform(0.05, 0.3)
-    picture = (
-        first
-        + contrast * fields[..., :1]
-        + rng.uniform(0, 0.12) * (fields[..., 1:2] * (second - _LUMA) + fields[..., 2:] * (third - _LUMA))
-    )
+    tints = fields[..., 1:2] * (second - _LUMA) + fields[..., 2:] * (third - _LUMA)
+    picture = first + contrast * fields[..., :1] + rng.uniform(0, 0.12) * tints
     return np.clip(picture, 0, 1)
 
 
@@ -71,7 +68,9 @@ def dead_leaves(rng: np.random.Generator, size: int) -> Picture:
     return picture
 
 
-def _leaf(rng: np.random.Generator, picture: Picture, radius: float, place: NDArray[np.float64], colour: Picture, rough: float, grain: Picture) -> None:  # fmt: skip
+def _leaf(
+    rng: np.random.Generator, picture: Picture, radius: float, place: NDArray[np.float64], colour: Picture, rough: float, grain: Picture
+) -> None:
     """Paint one: an ellipse, a box, a bar or a polygon, with a soft edge."""
     size, reach = len(picture), radius * 1.5
     top, left = (max(0, int(edge - reach)) for edge in place)

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def evaluate_model(
-    model: str, count: int = 200, seed: int = 0, pm: PluginManager | None = None, setup: BackboneSetup | None = None, **parts: str
+    model: str, count: int = 200, seed: int = 0, pm: PluginManager | None = None, setup: BackboneSetup | None = None, **parts: Any
 ) -> list[Row]:
     """Rates over `count` prompts, half of them of held-out combinations, each generated with the model's default settings.
 
