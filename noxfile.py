@@ -28,7 +28,8 @@ STAMPS = "installed"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 CONSTRAINTS = ROOT / "constraints.txt"
 BUILD = ["hatchling", "editables"]
-TEST = ["pytest", "pytest-xdist", "hypothesis", "build", "gguf", "diffusers", "accelerate", "transformers", "scikit-image", "scikit-video"]
+REFERENCES = ["diffusers", "accelerate", "transformers", "scikit-image", "scikit-video"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "build", "gguf", "torchao", *REFERENCES]
 LINT = ["ruff"]
 TYPES = ["mypy", "types-tqdm"]
 DOCS = ["mkdocs-material", "mkdocstrings-python", "ruff"]  # ruff formats signatures

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from wan_dit.config import DiTConfig
+from wan_dit.model import WanDiT
 from wan_train.config import TrainConfig
+from wan_train.data.shapes import Shapes
+from wan_train.objectives.flow import RectifiedFlow
+from wan_train.plugins import plugin_manager
 from wan_vae.config import VAEConfig
 from wan_vae.model import WanVAE
 
 Recipe = Callable[..., TrainConfig]
+Group = Callable[..., list[Any]]
+SECONDS = 180  # that processes are waited for
 sys.path.insert(0, str(Path(__file__).parent / "processes"))  # what other processes of the tests import
 
 RUN = """
@@ -73,6 +82,66 @@ def micro_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parts") / "vae"
     WanVAE(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def nonzero(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a backbone of 4 heads over these latents, in which no tensor is zero."""
+    config = DiTConfig(
+        dim=48, ffn_dim=64, freq_dim=32, text_dim=96, text_len=32, num_heads=4, num_layers=2, in_dim=4, out_dim=4,
+        latent_space="tiny-1", embedding_space="tiny-1",
+    )  # fmt: skip
+    model, generator = WanDiT(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    folder = tmp_path_factory.mktemp("parts") / "nonzero"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Group:
+    """`group(size, task, *arguments)`: the answers of so many processes, by rank."""
+    from layout_tasks import run
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "wan_train.trainer"])
+
+    def start(size: int, task: Callable[..., Any], *given: Any) -> list[Any]:
+        out = context.Queue()
+        arguments = [(task, rank, size, str(tmp_path / "store"), given, out) for rank in range(size)]
+        processes = [context.Process(target=run, args=each) for each in arguments]
+        for process in processes:
+            process.start()
+        try:
+            answers = [answer for _, answer in sorted((out.get(timeout=SECONDS) for _ in processes), key=lambda given: given[0])]
+        finally:
+            for process in processes:
+                process.join(timeout=10)
+                if process.is_alive():
+                    process.kill()
+        assert not (failed := [answer for answer in answers if isinstance(answer, str)]), "\n".join(failed)
+        return answers
+
+    return start
+
+
+@pytest.fixture
+def objective_of(tmp_path: Path, micro_vae: Path, nonzero: Path) -> Callable[..., RectifiedFlow]:
+    """`objective_of(train="lora", ...)`: rectified flow on the backbone `nonzero`, over two clips."""
+
+    def build(**settings: Any) -> RectifiedFlow:
+        torch.manual_seed(0)
+        fields = {"vae": str(micro_vae), "backbone": str(nonzero), "init": "pretrained"}
+        fields |= {"clips": 2, "preview_prompts": 2, "preview_steps": 2}
+        objective = RectifiedFlow({**fields, **settings}, Shapes(frames=5, size=(16, 16), length=4), tmp_path, "cpu", plugin_manager())
+        objective.prepare()
+        return objective
+
+    return build
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_overrides_leave_the_rest_and_the_last_one_counts(vae_toml: Path) -> Non
         ("steps=0", r"vae\.toml': steps: .*greater than 0 \(got 0\)"),
         ("steps=many", r"steps: .*integer.* \(got 'many'\)"),
         ("optimiser.lr=-1", r"optimiser\.lr: .*greater than 0 \(got -1\)"),
-        ("optimiser.name=sgd", r"optimiser\.name: .*'adamw' or 'muon' \(got 'sgd'\)"),
+        ("optimiser.name=sgd", r"optimiser\.name: .*'adamw', 'adamw8bit' or 'muon' \(got 'sgd'\)"),
         ("optimizer.lr=1", r"optimizer: Extra inputs are not permitted"),
         ("ema=1", r"ema: .*less than 1 \(got 1\)"),
         ("steps", r"'steps' must read dotted\.key=value"),

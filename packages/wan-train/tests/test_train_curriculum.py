@@ -133,6 +133,46 @@ def test_a_stage_ends_at_its_step_or_on_a_plateau_where_it_may(recipe: Callable[
     assert not stages.advance(9, spent=True), "the last one ends the run"
 
 
+def test_a_micro_batch_holds_no_more_samples_than_the_stage_says(recipe: Callable[..., TrainConfig]) -> None:
+    stage = 'name="a", until=9, video=[16,16], frames=[9], weights={video=0.0}, tokens=40, micro_batches=2'
+    free, bound = (curriculum(recipe(f"stages=[{{{stage}{more}}}]")).take(4) for more in ("", ", samples=3"))
+    assert [len(micro.samples) for micro in free] == [10, 10], "what 40 tokens hold"
+    assert [len(micro.samples) for micro in bound] == [3, 3]
+
+
+def test_the_noise_levels_of_a_stage_have_its_shift(flow_recipe: Callable[..., TrainConfig]) -> None:
+    def sigmas(trainer: Trainer) -> list[tuple[float, float]]:
+        found: list[tuple[float, float]] = []
+        losses = trainer.objective.losses
+
+        def watched(batch: Any) -> Any:
+            found.append((float(batch.sigma.min()), float(batch.sigma.max())))
+            return losses(batch)
+
+        trainer.objective.losses = watched  # type: ignore[method-assign]
+        return found
+
+    shape = "video=[16,16], frames=[5]"
+    ends = ("until=2, shift=1e-4", "until=4, shift=1e4", "until=6")
+    stages = ", ".join(f'{{name="{end}", {end}, {shape}}}' for end in ends)
+    recipe = [f"stages=[{stages}]", "objective.settings.precache=false", "objective.settings.shift=1.0"]
+    whole = Trainer(flow_recipe(*recipe))
+    seen = sigmas(whole)
+    whole.run()
+    assert max(high for _, high in seen[:2]) < 0.1 < 0.9 < min(low for low, _ in seen[2:4])
+    assert 0.01 < min(low for low, _ in seen[4:]) < max(high for _, high in seen[4:]) < 0.99
+    Trainer(flow_recipe(*recipe)).run(overwrite=True, until=3)
+    resumed = Trainer(flow_recipe(*recipe))
+    again = sigmas(resumed)
+    resumed.run(resume=True)
+    assert again == seen[3:], "in the middle of a stage"
+
+
+def test_a_shift_is_refused_where_the_objective_draws_no_noise_levels(recipe: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(ValueError, match=r"stages\.shift: objective 'staged_objective:Brightness' takes none"):
+        Trainer(recipe('stages=[{name="a", until=9, video=[16,16], frames=[9], shift=3.0}]'))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -115,8 +115,8 @@ def test_a_share_of_the_prompts_is_dropped_and_the_rest_are_the_clips_own(make: 
     objective = prepared(make(text_drop=share, clips=2))
     objective.backbone = Exact(objective.latents[:1])
     asked: list[str] = []
-    embed = objective.embed
-    objective.embed = lambda prompts: asked.extend(prompts) or embed(prompts)
+    prompt = objective._prompt
+    objective._prompt = lambda *given: asked.append(prompt(*given)) or asked[-1]
     loss(objective, 1000)
     dropped = asked.count("") / len(asked)
     assert low <= dropped <= high
@@ -127,9 +127,9 @@ def test_a_share_of_the_prompts_is_dropped_and_the_rest_are_the_clips_own(make: 
 def test_captions_and_latents_are_of_one_clip(make: Make) -> None:
     objective = prepared(make(text_drop=0.0, clips=3))
     pairs: list[tuple[Tensor, str]] = []
-    embed = objective.embed
+    prompt = objective._prompt
     asked: list[str] = []
-    objective.embed = lambda prompts: asked.extend(prompts) or embed(prompts)
+    objective._prompt = lambda *given: asked.append(prompt(*given)) or asked[-1]
 
     class Still(Exact):
         def forward(self, latents: Tensor, timestep: Tensor, context: list[Tensor]) -> Tensor:
@@ -137,7 +137,7 @@ def test_captions_and_latents_are_of_one_clip(make: Make) -> None:
             return latents
 
     objective.backbone = Still(objective.latents[:1])
-    objective.sigmas = lambda count, generator: torch.full((count,), 1e-6)  # nothing but data
+    objective.sigmas = lambda count, generator, shift: torch.full((count,), 1e-6)  # nothing but data
     loss(objective, 12)
     for latents, prompt in pairs:
         index = int((objective.latents - latents).abs().amax((1, 2, 3, 4)).argmin())
@@ -196,7 +196,7 @@ def test_a_frozen_text_encoder_stays_and_encodes_each_prompt_once(make: Make) ->
     assert all(torch.equal(value, before[name]) for name, value in objective.text_encoder.state_dict().items())
     assert len(calls) > 5
     assert set(calls.values()) == {1}
-    assert torch.equal(objective.embed([""])[0], encode([""])[0])
+    assert torch.equal(objective.cache.context(""), encode([""])[0])
 
 
 def cached(folder: Path) -> dict[str, tuple[int, int]]:
@@ -235,11 +235,13 @@ def test_a_cache_is_of_one_vae_and_one_data_set(make: Make, tmp_path: Path, micr
 def test_previews_are_clips_of_the_evaluation_prompts_and_repeat(make: Make) -> None:
     objective = prepared(make(train_text_encoder=True))
     nn.init.normal_(objective.backbone.head.proj.weight, std=0.1)
-    clips, figures = objective.preview(objective.modules)
+    made = objective.preview(objective.modules, range(3))
+    clips, figures = objective.measure(made)
     assert clips.shape == (3, 3, 5, 16, 16)
     assert -1 <= clips.min() < clips.max() <= 1
     assert {"val_colour", "val_shape", "val_motion", "val_all_right"} <= set(figures)
-    assert torch.equal(clips, objective.preview(objective.modules)[0])
+    assert torch.equal(clips, made)
+    assert torch.equal(clips, objective.preview(objective.modules, range(3)))
 
 
 def test_a_tokenizer_is_trained_on_the_captions(make: Make) -> None:

@@ -171,7 +171,7 @@ def test_the_loss_sees_the_known_frames_and_their_draws_are_the_samples_own(make
     backbone = objective.backbone
     gradient = backbone.vace_patch_embedding.weight.grad if task == "vace" else backbone.patch_embedding.weight.grad[:, 4:]
     assert gradient.any()
-    assert objective.preview(objective.modules)[0].shape == (2, 3, 9, 16, 16)
+    assert objective.preview(objective.modules, [0, 1]).shape == (2, 3, 9, 16, 16)
 
 
 def test_a_pretrained_backbone_gets_inputs_of_weight_zero_and_computes_what_it_did(make: Make, tmp_path: Path) -> None:

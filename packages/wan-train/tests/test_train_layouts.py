@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,10 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from layout_tasks import preview, run, train
-from wan_dit.config import DiTConfig
-from wan_dit.model import WanDiT
+from layout_tasks import encoded, preview, train
 from wan_train.config import ParallelConfig
 from wan_train.layout import Layout
 from wan_train.order import Order
@@ -45,7 +41,7 @@ lr = 1e-3
 name = "rectified-flow"
 
 [objective.settings]
-backbone = "{folder}/backbone"
+backbone = "{backbone}"
 vae = "{vae}"
 init = "pretrained"
 train_text_encoder = {text}
@@ -88,49 +84,13 @@ Group = Callable[..., list[Any]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, micro_vae: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, micro_vae: Path, nonzero: Path) -> Path:
     """Recipes that start from a backbone in which no tensor is zero: a zero head would hide every bug of the body at first."""
     folder = tmp_path_factory.mktemp("layouts")
-    config = DiTConfig(
-        dim=48, ffn_dim=64, freq_dim=32, text_dim=96, text_len=32, num_heads=4, num_layers=2, in_dim=4, out_dim=4,
-        latent_space="tiny-1", embedding_space="tiny-1",
-    )  # fmt: skip
-    model, generator = WanDiT(config), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    model.save_pretrained(folder / "backbone")
     for name, text in (("frozen", "false"), ("text", "true")):
-        (folder / f"{name}.toml").write_text(RECIPE.format(folder=folder, vae=micro_vae, text=text))
-    (folder / "stages.toml").write_text(RECIPE.format(folder=folder, vae=micro_vae, text="false") + STAGES)
+        (folder / f"{name}.toml").write_text(RECIPE.format(folder=folder, backbone=nonzero, vae=micro_vae, text=text))
+    (folder / "stages.toml").write_text(RECIPE.format(folder=folder, backbone=nonzero, vae=micro_vae, text="false") + STAGES)
     return folder
-
-
-@pytest.fixture
-def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Group:
-    """`group(size, task, *arguments)`: the answers of so many processes, by rank."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "wan_train.trainer"])
-
-    def start(size: int, task: Callable[..., Any], *given: Any) -> list[Any]:
-        out = context.Queue()
-        arguments = [(task, rank, size, str(tmp_path / "store"), given, out) for rank in range(size)]
-        processes = [context.Process(target=run, args=each) for each in arguments]
-        for process in processes:
-            process.start()
-        try:
-            answers = [answer for _, answer in sorted((out.get(timeout=SECONDS) for _ in processes), key=lambda given: given[0])]
-        finally:
-            for process in processes:
-                process.join(timeout=10)
-                if process.is_alive():
-                    process.kill()
-        assert not (failed := [answer for answer in answers if isinstance(answer, str)]), "\n".join(failed)
-        return answers
-
-    return start
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +180,16 @@ def test_a_planted_bug_is_found_by_losses_and_by_gradients(
     assert max(gradients) > 10 * TOLERANCE
 
 
+def test_processes_that_share_samples_encode_different_ones(group: Group, folder: Path) -> None:
+    """VAE and text encoder run data parallel, the backbone context parallel (report, section 4.3.3)."""
+    answers = group(4, encoded, str(folder / "frozen.toml"), ["parallel.ulysses=2", "parallel.ring=2", "micro_batch=2"])
+    made, computed = ([answer[i] for answer in answers] for i in (0, 1))
+    assert sorted(sample for part in made for sample in part) == sorted({sample for part in made for sample in part})
+    assert [len(part) for part in made] == [2, 2, 2, 2]
+    assert [len(prompts) for prompts in computed] == [8, 8, 8, 8]
+    assert all(prompts == computed[0] for prompts in computed)
+
+
 @pytest.mark.parametrize("name", ["DP3", "FSDP4 over U2 x DP2", "Ring4"])
 def test_stages_of_images_and_videos_in_any_layout(group: Group, folder: Path, name: str) -> None:
     """Processes that compute other shapes than their neighbours, and steps of fewer micro-batches than processes."""
@@ -253,7 +223,8 @@ def test_a_base_that_is_split_is_whole_in_a_preview(group: Group, folder: Path, 
     own += ["objective.settings.preview_steps=1", "preview_every=2"]
     answers = group(2, preview, recipe, [*own, f"parallel.{degree}=2", f"output={tmp_path / 'split'}"], 2)
     alone = preview(recipe, [*own, f"output={tmp_path / 'alone'}"], 2)
-    assert np.abs(answers[0] - alone).max() < 1e-4
+    assert len(answers[0]) == 2
+    assert all(np.abs(answer - alone).max() < 1e-4 for answer in answers)
     assert (tmp_path / "split" / "export" / "lora.safetensors").exists()
 
 

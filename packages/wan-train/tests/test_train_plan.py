@@ -329,11 +329,11 @@ def test_recipes_are_planned(flow_toml: Any, capsys: Captured) -> None:
     assert found["memory"]["ema"] == 4 * found["parameters"]
     assert found["memory"]["copies"] > 0
     assert found["policy"] == ["keep"]
-    split = told(capsys, "--config", "tiny-t2v", "parallel.fsdp=4", "memory.policy=recompute", "micro_batch=2")
+    split = told(capsys, "--config", "tiny-t2v", "stages=[]", "parallel.fsdp=4", "memory.policy=recompute", "micro_batch=2")
     assert {"gpus": 4, "fsdp": 4, "micro_batch": 2, "accumulate": 2, "global_batch": 16}.items() <= split["layout"].items()
     assert split["policy"] == ["recompute"] * TINY.num_layers
     assert split["memory"]["gradients"] == split["parameters"] + 4 * split["parameters"]  # of a shard, and whole until the last turn
-    replaced = told(capsys, "--config", "tiny-t2v", "--size", "128x64", "--optimiser", "adamw", "--checkpointing", "auto")
+    replaced = told(capsys, "--config", "tiny-t2v", "stages=[]", "--size", "128x64", "--optimiser", "adamw", "--checkpointing", "auto")
     assert replaced["buckets"][0]["size"] == [128, 64]
     assert replaced["memory"]["optimiser"] == 8 * replaced["parameters"]
 

@@ -8,94 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from adapted import frozen_state, tokens, trained, velocity
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from wan_dit import load_backbone
 from wan_dit.cli import main
-from wan_dit.config import DiTConfig
 from wan_dit.context_embedder import read_facts, with_context_embedder
 from wan_dit.lora import LoraSpec, apply, load_lora
-from wan_dit.model import WanDiT
 from wan_train.config import TrainConfig
-from wan_train.data.shapes import Shapes
 from wan_train.objectives.adapters import LoraSettings, TrainedLora, target_layers
 from wan_train.objectives.flow import RectifiedFlow
-from wan_train.plugins import plugin_manager
 from wan_train.randomness import generator
 from wan_train.store.shards import read_whole
 from wan_train.trainer import Trainer
 
 Make = Callable[..., RectifiedFlow]
 ACME = Path(__file__).parents[2] / "wan-dit" / "tests" / "thirdparty"
-MICRO = {
-    "dim": 32,
-    "ffn_dim": 48,
-    "freq_dim": 32,
-    "text_dim": 96,
-    "text_len": 32,
-    "num_heads": 2,
-    "num_layers": 2,
-    "in_dim": 4,
-    "out_dim": 4,
-}
-LATENTS, TIMESTEP = torch.randn(2, 4, 2, 4, 4, generator=torch.Generator().manual_seed(3)), torch.tensor([400.0, 900.0])
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a backbone none of whose tensors is zero."""
-    torch.manual_seed(0)
-    model = WanDiT(DiTConfig(**MICRO, latent_space="tiny-1", embedding_space="tiny-1"))
-    model.init_weights()
-    for parameter in model.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    folder = tmp_path_factory.mktemp("base") / "backbone"
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def make(tmp_path: Path, micro_vae: Path, base: Path) -> Make:
-    def build(**settings: Any) -> RectifiedFlow:
-        torch.manual_seed(0)
-        fields = {"vae": str(micro_vae), "backbone": str(base), "init": "pretrained", "clips": 2, "preview_prompts": 2, "preview_steps": 2}
-        objective = RectifiedFlow({**fields, **settings}, Shapes(frames=5, size=(16, 16), length=4), tmp_path, "cpu", plugin_manager())
-        objective.prepare()
-        return objective
-
-    return build
-
-
-def trained(objective: RectifiedFlow, steps: int = 3) -> list[float]:
-    optimiser = torch.optim.AdamW([param for group in objective.parameter_groups() for param in group["params"]], lr=1e-2)
-    found = []
-    for _ in range(steps):
-        loss = objective.losses(objective.batch([0, 1], lambda sample, stream: generator(0, 0, sample, stream), 0.0))[0].mean()
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        found.append(loss.item())
-    return found
-
-
-def frozen_state(objective: RectifiedFlow) -> dict[str, Tensor]:
-    held = {id(value) for module in objective.modules.values() for value in module.parameters()}
-    return {name: value.clone() for name, value in objective.backbone.named_parameters() if id(value) not in held}
-
-
-def velocity(backbone: Any, tokens: list[Tensor]) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = backbone(LATENTS, TIMESTEP, backbone.encode_context(tokens))
-    return found
-
-
-def tokens(width: int = 96) -> list[Tensor]:
-    return list(torch.randn(2, 5, width, generator=torch.Generator().manual_seed(5)))
-
-
-def test_a_lora_starts_from_the_base_and_trains_alone(make: Make, base: Path) -> None:
-    objective = make(train="lora", lora={"rank": 4})
-    assert torch.equal(velocity(objective.backbone, tokens()), velocity(load_backbone(str(base)), tokens())), "up is zero at first"
+def test_a_lora_starts_from_the_base_and_trains_alone(objective_of: Make, nonzero: Path) -> None:
+    objective = objective_of(train="lora", lora={"rank": 4})
+    assert torch.equal(velocity(objective.backbone, tokens()), velocity(load_backbone(str(nonzero)), tokens())), "up is zero at first"
     before = frozen_state(objective)
     names = {name for name, _ in objective.modules["lora"].named_parameters()}
     layers = [*(f"{attn}.{x}" for attn in ("self_attn", "cross_attn") for x in "qkvo"), "ffn.0", "ffn.2"]
@@ -107,28 +40,28 @@ def test_a_lora_starts_from_the_base_and_trains_alone(make: Make, base: Path) ->
     assert all(bool(adapter.up.any()) for adapter in objective.modules["lora"].named().values()), "every layer learnt"
 
 
-def test_frozen_weights_that_change_are_found(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_weights_that_change_are_found(objective_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted bug: a backbone that is handed to the optimiser with the adapters."""
     groups = TrainedLora.parameter_groups
     monkeypatch.setattr(
         TrainedLora, "parameter_groups", lambda self: [*groups(self), {"params": list(self.backbone.requires_grad_(True).parameters())}]
     )
-    objective = make(train="lora", lora={"rank": 4})
+    objective = objective_of(train="lora", lora={"rank": 4})
     before = frozen_state(objective)
     trained(objective, 1)
     assert not all(torch.equal(value, before[name]) for name, value in frozen_state(objective).items())
 
 
-def test_gradients_of_a_lora_are_those_of_the_merged_weight_by_the_chain_rule(make: Make) -> None:
+def test_gradients_of_a_lora_are_those_of_the_merged_weight_by_the_chain_rule(objective_of: Make) -> None:
     """W' = W + s B A: the gradient of B is s G A^T and that of A s B^T G, where G is that of W'."""
-    objective = make(train="lora", lora={"rank": 3, "alpha": 6.0})
+    objective = objective_of(train="lora", lora={"rank": 3, "alpha": 6.0})
     adapters = objective.modules["lora"].named()
     for adapter in adapters.values():
         nn.init.normal_(adapter.up, std=0.1)
     batch = objective.batch([0, 1], lambda sample, stream: generator(0, 0, sample, stream), 0.0)
     loss = objective.losses(batch)[0].mean()
     loss.backward()
-    merged = make()
+    merged = objective_of()
     for name, adapter in adapters.items():
         merged.backbone.get_submodule(name).weight.data += 2.0 * (adapter.up @ adapter.down).detach()
     expected = merged.losses(batch)[0].mean()
@@ -142,38 +75,40 @@ def test_gradients_of_a_lora_are_those_of_the_merged_weight_by_the_chain_rule(ma
 
 @pytest.mark.parametrize("format", ["peft", "comfy", "kohya"])
 @pytest.mark.parametrize("mode", ["merge", "live"])
-def test_the_file_reproduces_the_trained_velocity(make: Make, base: Path, tmp_path: Path, format: str, mode: Any) -> None:
-    objective = make(train="lora", lora={"rank": 4, "alpha": 2.0, "format": format})
+def test_the_file_reproduces_the_trained_velocity(objective_of: Make, nonzero: Path, tmp_path: Path, format: str, mode: Any) -> None:
+    objective = objective_of(train="lora", lora={"rank": 4, "alpha": 2.0, "format": format})
     trained(objective)
-    expected, plain = velocity(objective.backbone, tokens()), velocity(load_backbone(str(base)), tokens())
+    expected, plain = velocity(objective.backbone, tokens()), velocity(load_backbone(str(nonzero)), tokens())
     assert (expected - plain).abs().max() > 1e-2
     objective.export(objective.modules, str(tmp_path / "out"))
-    backbone = load_backbone(str(base))
+    backbone = load_backbone(str(nonzero))
     applied = apply(backbone, [LoraSpec(str(tmp_path / "out" / "lora.safetensors"))], mode=mode)
     assert not applied.ledger.unmatched
     torch.testing.assert_close(velocity(backbone, tokens()), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_lora_of_an_expert_says_so(make: Make, base: Path, tmp_path: Path) -> None:
-    objective = make(train="lora", lora={"rank": 2}, expert="low", boundary=0.875)
+def test_a_lora_of_an_expert_says_so(objective_of: Make, nonzero: Path, tmp_path: Path) -> None:
+    objective = objective_of(train="lora", lora={"rank": 2}, expert="low", boundary=0.875)
     trained(objective, 1)
     objective.export(objective.modules, str(tmp_path / "out"))
     assert load_lora(tmp_path / "out" / "lora.safetensors").experts == ("low",)
 
 
-def test_averaged_adapters_are_previewed_and_the_live_ones_come_back(make: Make) -> None:
-    objective = make(train="lora", lora={"rank": 4})
+def test_averaged_adapters_are_previewed_and_the_live_ones_come_back(objective_of: Make) -> None:
+    objective = objective_of(train="lora", lora={"rank": 4})
     trained(objective)
     live = velocity(objective.backbone, tokens())
-    other = make(train="lora", lora={"rank": 4}).modules
+    other = objective_of(train="lora", lora={"rank": 4}).modules
     with objective.trained.inserted(other) as backbone:
         assert not torch.equal(velocity(backbone, tokens()), live)
     assert torch.equal(velocity(objective.backbone, tokens()), live)
-    assert objective.preview(other)[0].shape == (2, 3, 5, 16, 16)
+    assert objective.preview(other, [0, 1]).shape == (2, 3, 5, 16, 16)
 
 
-def test_a_run_keeps_the_adapters_alone_and_resumes_to_the_bit(flow_recipe: Callable[..., TrainConfig], base: Path, tmp_path: Path) -> None:
-    own = (f"objective.settings.backbone={base}", "objective.settings.init=pretrained", "objective.settings.architecture={}")
+def test_a_run_keeps_the_adapters_alone_and_resumes_to_the_bit(
+    flow_recipe: Callable[..., TrainConfig], nonzero: Path, tmp_path: Path
+) -> None:
+    own = (f"objective.settings.backbone={nonzero}", "objective.settings.init=pretrained", "objective.settings.architecture={}")
     own += ("objective.settings.text_architecture={}", "objective.settings.train_text_encoder=false", "objective.settings.train=lora")
     own += ("objective.settings.lora.rank=2", "optimiser.name=adamw", "steps=4", "save_every=2")
     whole, parts = (flow_recipe(*own, f"output={tmp_path / name}") for name in ("whole", "parts"))
@@ -184,18 +119,20 @@ def test_a_run_keeps_the_adapters_alone_and_resumes_to_the_bit(flow_recipe: Call
     for one, two in zip(first.deltas, second.deltas, strict=True):
         assert all(torch.equal(one.parts[part], two.parts[part]) for part in ("down", "up"))
     checkpoint = tmp_path / "whole" / "checkpoints" / "step-00000004"
-    kept = {f"layers.{name}.{part}" for name in target_layers(load_backbone(str(base)), LoraSettings().targets) for part in ("down", "up")}
+    kept = {
+        f"layers.{name}.{part}" for name in target_layers(load_backbone(str(nonzero)), LoraSettings().targets) for part in ("down", "up")
+    }
     assert all(set(read_whole(checkpoint, f"{kind}/lora/")) == kept for kind in ("modules", "ema"))
     assert set(read_whole(checkpoint, "modules/")) == {f"lora/{name}" for name in kept}, "and nothing of the base"
 
 
 @pytest.mark.parametrize("train", ["lora", "context_embedder"])
 def test_activations_of_a_frozen_base_are_computed_again_to_the_same_bits(
-    flow_recipe: Callable[..., TrainConfig], base: Path, tmp_path: Path, train: str
+    flow_recipe: Callable[..., TrainConfig], nonzero: Path, tmp_path: Path, train: str
 ) -> None:
     found = {}
     for policy in ("keep", "recompute"):
-        own = (f"objective.settings.backbone={base}", "objective.settings.init=pretrained", "objective.settings.architecture={}")
+        own = (f"objective.settings.backbone={nonzero}", "objective.settings.init=pretrained", "objective.settings.architecture={}")
         own += ("objective.settings.text_architecture={}", "objective.settings.train_text_encoder=false", "preview_every=2")
         trainer = Trainer(
             flow_recipe(*own, f"objective.settings.train={train}", "steps=2", f"memory.policy={policy}", f"output={tmp_path / policy}")
@@ -207,10 +144,12 @@ def test_activations_of_a_frozen_base_are_computed_again_to_the_same_bits(
     assert all(torch.equal(value, found["keep"][name]) for name, value in found["recompute"].items())
 
 
-def test_the_context_embedder_alone_is_trained_for_an_encoder_of_another_width(make: Make, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_context_embedder_alone_is_trained_for_an_encoder_of_another_width(
+    objective_of: Make, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.syspath_prepend(str(ACME))
-    objective = make(train="context_embedder", text_encoder="acme-wide")
-    assert objective.backbone.context_embedder[0].weight.shape == (32, 40)
+    objective = objective_of(train="context_embedder", text_encoder="acme-wide")
+    assert objective.backbone.context_embedder[0].weight.shape == (48, 40)
     assert {id(p) for group in objective.parameter_groups() for p in group["params"]} == {
         id(p) for p in objective.backbone.context_embedder.parameters()
     }
@@ -221,14 +160,14 @@ def test_the_context_embedder_alone_is_trained_for_an_encoder_of_another_width(m
     objective.export(objective.modules, str(tmp_path / "out"))
     path = tmp_path / "out" / "context_embedder.safetensors"
     assert read_facts(path) == {"embedding_space": "acme-wide-1", "text_dim": 40, "text_len": 16}
-    assert objective.preview(objective.modules)[0].shape == (2, 3, 5, 16, 16)
+    assert objective.preview(objective.modules, [0, 1]).shape == (2, 3, 5, 16, 16)
     swapped = with_context_embedder(load_backbone(objective.settings.backbone), path)
     torch.testing.assert_close(velocity(swapped, tokens(40)), velocity(objective.backbone, tokens(40)), atol=1e-5, rtol=1e-5)
 
 
-def test_the_same_encoder_keeps_the_embedder_it_has(make: Make, base: Path) -> None:
-    objective = make(train="context_embedder")
-    assert torch.equal(velocity(objective.backbone, tokens()), velocity(load_backbone(str(base)), tokens()))
+def test_the_same_encoder_keeps_the_embedder_it_has(objective_of: Make, nonzero: Path) -> None:
+    objective = objective_of(train="context_embedder")
+    assert torch.equal(velocity(objective.backbone, tokens()), velocity(load_backbone(str(nonzero)), tokens()))
 
 
 @pytest.mark.parametrize("train", ["context_embedder", "lora"])
@@ -264,7 +203,7 @@ def test_what_a_run_exports_is_used_by_a_generation(
         ({"train": "some"}, r"train: .*'all', 'lora' or 'context_embedder'"),
     ],
 )
-def test_wrong_settings_are_told_in_one_line(make: Make, settings: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_told_in_one_line(objective_of: Make, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        make(**settings)
+        objective_of(**settings)
     assert "\n" not in str(caught.value)

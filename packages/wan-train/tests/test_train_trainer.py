@@ -227,9 +227,9 @@ def test_a_preview_is_a_grid_of_clips_by_frames(vae_recipe: Recipe) -> None:
     modes: list[bool] = []
     preview = trainer.objective.preview
 
-    def watched(modules: dict[str, Any]) -> Any:
+    def watched(modules: dict[str, Any], indices: Any) -> Any:
         modes.append(modules["vae"].training)
-        return preview(modules)
+        return preview(modules, indices)
 
     trainer.objective.preview = watched  # type: ignore[method-assign]
     trainer.run()

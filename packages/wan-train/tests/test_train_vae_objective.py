@@ -155,7 +155,7 @@ def test_muon_gets_the_inner_convolutions_alone(make: Make) -> None:
 def test_previews_are_clips_that_training_never_draws_above_their_reconstructions(make: Make) -> None:
     objective = make(validation=4)
     objective.vae.eval()
-    clips, figures = objective.preview(objective.modules)
+    clips, figures = objective.measure(objective.preview(objective.modules, range(4)))
     truth = objective.dataset.video(range(4, 8))  # the data set counts 4
     assert torch.equal(clips[:3], truth[:3])
     decoded = torch.cat([objective.vae.decode(objective.vae.encode(clip[None])) for clip in truth])

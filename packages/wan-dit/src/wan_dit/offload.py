@@ -107,14 +107,12 @@ def load_offloaded(
         model = OffloadedDiT(config).requires_grad_(False)
     if quantise is not None:
         replace_linears(model.trunk, quantise)
-    context, trunk = _pieces(model)
-    stay = _spread(model, blocks_on_device)
-    sequences = context, [piece for piece in trunk if not any(f"{piece.owner}.".startswith(f"{block}.") for block in stay)]
+    sequences = away(model, blocks_on_device)
     elsewhere = [name for sequence in sequences for piece in sequence for name in piece.names]
     fetch: Fetch = partial(_weights, state, dtype, quantise)
     kept = {f"{name}.{field}" for name, layer in model.named_modules() if isinstance(layer, QuantisedLinear) for field in fields(layer)}
     build(lambda: model, _resident(model, state, set(elsewhere), fetch), dtype=dtype, device=place, source=path, kept=kept)
-    at_hand = {} if mode == "stream" else {name: _at_hand(fetch(name), place) for name in elsewhere}
+    at_hand = {} if mode == "stream" else {name: pinned(fetch(name), place) for name in elsewhere}
     fetch = partial(watched.read, fetch) if mode == "stream" else at_hand.__getitem__
     swap = Swap(fetch, place)
     for sequence in sequences:
@@ -122,6 +120,13 @@ def load_offloaded(
     model._fetch = fetch
     model.name = None if spec.name == spec.weights else spec.name
     return model
+
+
+def away(model: WanDiT, blocks_on_device: int) -> tuple[list[Piece], list[Piece]]:
+    """What is elsewhere where so many blocks stay: of `encode_context` and of the trunk, each in the order in which it runs."""
+    context, trunk = _pieces(model)
+    stay = _spread(model, blocks_on_device)
+    return context, [piece for piece in trunk if not any(f"{piece.owner}.".startswith(f"{block}.") for block in stay)]
 
 
 def _blocks(model: WanDiT, kind: str) -> list[str]:
@@ -186,6 +191,6 @@ def _weights(state: PackedState, dtype: torch.dtype, quantise: Quantisation | No
     return {"weight": weight, "weight_scale": scale}
 
 
-def _at_hand(weights: Weights, device: torch.device) -> Weights:
+def pinned(weights: Weights, device: torch.device) -> Weights:
     """In memory that a GPU can read by itself, where there is one."""
     return {field: weight.pin_memory() for field, weight in weights.items()} if device.type == "cuda" else weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -34,51 +34,29 @@ class Piece:
         return tuple(f"{self.owner}.{layer}".removesuffix(".") for layer in self.layers)
 
 
-class Swap:
-    """Weights put into a piece before it runs and taken out afterwards, with one piece fetched ahead.
-
-    It refers to no module, so that a model that is dropped is freed at once.
-    """
+class Loader:
+    """Brings the weights of pieces to a device, in a thread and, on a GPU, beside what is computed."""
 
     def __init__(self, fetch: Fetch, device: torch.device) -> None:
         self._fetch, self._device = fetch, device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="wan-dit-weights")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._coming: dict[Piece, Future[list[Weights]]] = {}
         self._left: Any = None  # CUDA event: the last piece has run
 
-    def watch(self, model: nn.Module, sequence: list[Piece]) -> None:
-        """Hook the pieces, which run in this order."""
-        for piece, following in zip_longest(sequence, sequence[1:]):
-            owner = model.get_submodule(piece.owner)
-            owner.register_forward_pre_hook(partial(self._enter, piece, following), prepend=True)
-            owner.register_forward_hook(partial(self._leave, piece), always_call=True)
+    def load(self, piece: Piece) -> Future[list[Weights]]:
+        """The weights of its layers, to come; on a GPU once the piece that was last given to `leave` has run."""
+        return self._thread.submit(self._bring, piece, self._left)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _enter(self, piece: Piece, following: Piece | None, module: nn.Module, args: Any) -> None:
-        coming = self._coming.pop(piece, None) or self._load_ahead(piece)
-        self._coming = {other: future for other, future in self._coming.items() if other == following}
-        for layer, weights in zip(piece.layers, coming.result(), strict=True):
-            _put(module.get_submodule(layer), weights)
-        if following is not None and following not in self._coming:
-            self._coming[following] = self._load_ahead(following)
+    def leave(self, pieces: Iterable[Weights]) -> None:
+        """Say that all that is computed with these weights has been asked for, and they are given up."""
+        if self._stream is None:
+            return
+        for weights in pieces:
+            for weight in weights.values():  # the allocator may not reuse them before they have been computed with
+                weight.record_stream(torch.cuda.current_stream(self._device))
+        self._left = torch.cuda.current_stream(self._device).record_event()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _leave(self, piece: Piece, module: nn.Module, args: Any, output: Any) -> None:
-        for name in piece.layers:
-            layer = module.get_submodule(name)
-            weights = {field: getattr(layer, field) for field in fields(layer)}
-            if self._stream is not None:  # the allocator may not reuse them before they have been computed with
-                for weight in weights.values():
-                    weight.record_stream(torch.cuda.current_stream(self._device))
-            _put(layer, {field: torch.empty_like(weight, device="meta") for field, weight in weights.items()})
-        if self._stream is not None:
-            self._left = torch.cuda.current_stream(self._device).record_event()
-
-    def _load_ahead(self, piece: Piece) -> Future[list[Weights]]:
-        return self._thread.submit(self._load, piece, self._left)
-
-    def _load(self, piece: Piece, left: Any) -> list[Weights]:
+    def _bring(self, piece: Piece, left: Any) -> list[Weights]:
         """The weights of a piece on the device, once the piece before the one that runs has left it."""
         if left is not None:
             left.synchronize()
@@ -89,6 +67,41 @@ class Swap:
         if self._stream is not None:
             self._stream.synchronize()
         return loaded
+
+
+class Swap(Loader):
+    """Weights put into a piece before it runs and taken out afterwards, with one piece fetched ahead.
+
+    It refers to no module, so that a model that is dropped is freed at once.
+    """
+
+    def __init__(self, fetch: Fetch, device: torch.device) -> None:
+        super().__init__(fetch, device)
+        self._coming: dict[Piece, Future[list[Weights]]] = {}
+
+    def watch(self, model: nn.Module, sequence: list[Piece]) -> None:
+        """Hook the pieces, which run in this order."""
+        for piece, following in zip_longest(sequence, sequence[1:]):
+            owner = model.get_submodule(piece.owner)
+            owner.register_forward_pre_hook(partial(self._enter, piece, following), prepend=True)
+            owner.register_forward_hook(partial(self._leave, piece), always_call=True)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _enter(self, piece: Piece, following: Piece | None, module: nn.Module, args: Any) -> None:
+        coming = self._coming.pop(piece, None) or self.load(piece)
+        self._coming = {other: future for other, future in self._coming.items() if other == following}
+        for layer, weights in zip(piece.layers, coming.result(), strict=True):
+            _put(module.get_submodule(layer), weights)
+        if following is not None and following not in self._coming:
+            self._coming[following] = self.load(following)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _leave(self, piece: Piece, module: nn.Module, args: Any, output: Any) -> None:
+        layers = [module.get_submodule(name) for name in piece.layers]
+        pieces = [{field: getattr(layer, field) for field in fields(layer)} for layer in layers]
+        for layer, weights in zip(layers, pieces, strict=True):
+            _put(layer, {field: torch.empty_like(weight, device="meta") for field, weight in weights.items()})
+        self.leave(pieces)
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -43,6 +43,7 @@ class PlateauConfig(_Section):
 class OptimiserConfig(_Section):
     """AdamW on everything, or Muon on the matrices an objective marks for it and AdamW on the rest.
 
+    name: `adamw`; `adamw8bit`, whose moments are in 8 bits (torchao's, which compiles its step); `muon`
     lr, muon_lr: peak rates
     schedule: `constant`, or `cosine` from `hold` (a share of the run) down to `final` (a share of the peak)
     warmup: steps of linear warm-up
@@ -50,7 +51,7 @@ class OptimiserConfig(_Section):
     clip: largest gradient norm, 0 for none
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: float = Field(default=1e-4, gt=0)
     muon_lr: float = Field(default=0.02, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
@@ -105,9 +106,10 @@ class StageConfig(_Section):
     video, image: (height, width) in pixels that films and pictures are brought to, in proportions near their own
     frames: lengths of films, 1 + a multiple of the VAE's stride; a clip takes the longest that it fills
     weights: how often an epoch takes the samples of `image`, `video`, a source, or `source/video`
-    tokens, squared: what a micro-batch holds at most, summed over its samples: tokens, and tokens squared (0: no limit)
+    tokens, squared, samples: what a micro-batch holds at most: tokens, and tokens squared, summed over its samples, and samples
+    (0: no limit); many pictures have few tokens, but a prompt each
     batch_size, micro_batches: samples, or micro-batches, of a step; 0 and 0 for the run's batch_size
-    lr: share of the peak rate
+    lr: share of the peak rate; shift: of its noise levels, None for that of the objective's settings
     """
 
     name: str
@@ -119,9 +121,11 @@ class StageConfig(_Section):
     weights: dict[str, float] = Field(default_factory=dict)
     tokens: int = Field(default=100_000, gt=0)
     squared: int = Field(default=0, ge=0)
+    samples: int = Field(default=0, ge=0)
     batch_size: int = Field(default=0, ge=0)
     micro_batches: int = Field(default=0, ge=0)
     lr: float = Field(default=1.0, gt=0)
+    shift: float | None = Field(default=None, gt=0)
 
 
 class TrainConfig(_Section):

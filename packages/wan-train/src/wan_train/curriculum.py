@@ -39,6 +39,11 @@ class Curriculum:
         """What the learning rate is multiplied by."""
         return self.stage.lr if self.stage else 1.0
 
+    @property
+    def shift(self) -> float | None:
+        """That of the stage's noise levels, None for the objective's own."""
+        return self.stage.shift if self.stage else None
+
     def advance(self, step: int, *, spent: bool) -> bool:
         """Go on to the next stage where it begins at `step`, or where the rate is `spent` and this one may end early; says whether."""
         stage = self.stage
@@ -69,10 +74,11 @@ class Curriculum:
         if self.index not in self._samplers:
             stage = self.config.stages[self.index]
             buckets = Buckets(video=stage.video, image=stage.image, frames=stage.frames, grid=self.grid)
+            budget = Budget(stage.tokens, stage.squared, self.grid)
             self._samplers[self.index] = Sampler(
                 self._groups(stage),
                 lambda sample: buckets.of(self.dataset.info(sample)),
-                Budget(stage.tokens, stage.squared, self.grid),
+                lambda bucket: min(budget(bucket), stage.samples or budget(bucket)),
                 batch_size=stage.batch_size or (0 if stage.micro_batches else self.config.batch_size),
                 micro_batches=stage.micro_batches, seed=self.config.seed, stage=stage.name,
             )  # fmt: skip

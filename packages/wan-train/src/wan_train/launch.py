@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
-PATIENCE = timedelta(minutes=30)  # of a process for the others: encoding and previews are done by some while the rest wait
+PATIENCE = timedelta(minutes=30)  # of a process for the others: some encode, or measure previews, while the rest wait
 
 
 def launch(processes: int, words: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,6 @@ from wan_dit.parallel.sequence import sequence_parallel
 
 from .config import ParallelConfig
 
-T = TypeVar("T")
 BUCKET = 32 * 2**20  # bytes of gradients that are averaged at a time
 
 
@@ -76,11 +75,15 @@ class Layout:
         """Average the gradients of what is not sharded over all processes; FSDP has averaged its own."""
         if self.world == 1:
             return
+        own = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        touched = torch.tensor([parameter.grad is not None for parameter in own], dtype=torch.int32, device=self.device)
+        if own:
+            dist.all_reduce(touched)
         grads = []
-        for parameter in parameters:
-            if isinstance(parameter, DTensor):
+        for parameter, processes in zip(own, touched.tolist(), strict=True):
+            if not processes:  # the optimiser leaves it as it is, as it does where there is one process
                 continue
-            if parameter.grad is None:  # not touched here, perhaps elsewhere
+            if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             grads.append(parameter.grad)
         for part in _parts(grads):
@@ -113,13 +116,6 @@ class Layout:
             dist.all_gather_object(gathered, found, group=group)
             found = [batch for part in gathered for batch in part]
         return [batch for turn in zip(*found, strict=True) for batch in turn]
-
-    def from_first(self, value: T) -> T:
-        """What the first process has, on all."""
-        held = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(held)
-        return held[0]
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -16,9 +16,10 @@ from .plateau import Plateau
 
 
 class Optimiser:
-    """AdamW, or Muon beside it on the weights of groups marked `muon`, as one: same schedule, one state.
+    """AdamW, with moments in fp32 or in 8 bits, or Muon beside it on the weights of groups marked `muon`, as one: same schedule, one state.
 
-    Muon takes matrices; a convolution's weight is one of `[out, in * kernel]`.
+    Muon takes matrices; a convolution's weight is one of `[out, in * kernel]`. A group with a
+    `scale` is AdamW's, at that share of its rate.
     """
 
     def __init__(self, config: OptimiserConfig, groups: list[dict[str, Any]], steps: int) -> None:
@@ -28,11 +29,13 @@ class Optimiser:
         chosen = [param for group in groups if group.get("muon") and config.name == "muon" for param in group["params"]]
         if any(isinstance(param, DTensor) for param in chosen):
             raise ValueError("optimiser muon takes whole matrices, and parallel.fsdp splits them: use adamw, or fsdp 1")
+        if config.name == "adamw8bit" and any(isinstance(param, DTensor) for param in self.params):
+            raise ValueError("optimiser adamw8bit packs the moments of whole weights, and parallel.fsdp splits them: use adamw, or fsdp 1")
         ids = {id(param) for param in chosen}
         self.matrices = [(param, param.detach().view(len(param), -1)) for param in chosen]  # each shares its memory with the parameter
         self.parts: list[tuple[torch.optim.Optimizer, float]] = []
-        if rest := [param for param in self.params if id(param) not in ids]:
-            self.parts.append((torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay), config.lr))
+        if rest := _adamw_groups(groups, ids):
+            self.parts.append((_adamw(config)(rest, config.lr, config.betas, weight_decay=config.weight_decay), config.lr))
         if self.matrices:
             matrices = [matrix for _, matrix in self.matrices]
             self.parts.append((torch.optim.Muon(matrices, config.muon_lr, weight_decay=config.weight_decay), config.muon_lr))
@@ -59,7 +62,10 @@ class Optimiser:
             matrix.grad = param.grad.flatten(1) if param.grad is not None else None
         for optimiser, peak in self.parts:
             for group in optimiser.param_groups:
-                group["lr"] = peak * self.rate(step) * share
+                rate = peak * self.rate(step) * share * group.get("scale", 1.0)
+                group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
+                if isinstance(optimiser, torch.optim.AdamW):
+                    group |= _kernel(group["params"])  # a checkpoint brings that of the layout it was saved in
             optimiser.step()
         self.clear()
 
@@ -67,6 +73,29 @@ class Optimiser:
         """Drop the gradients."""
         for param in self.params:
             param.grad = None
+
+
+def _adamw(config: OptimiserConfig) -> Any:
+    """The class; ValueError where it is of a package that is not there."""
+    if config.name != "adamw8bit":
+        return torch.optim.AdamW
+    try:
+        from torchao.optim import AdamW8bit
+    except ModuleNotFoundError as error:
+        raise ValueError("optimiser adamw8bit is torchao's, which is not installed: pip install wan-train[torchao]") from error
+    return AdamW8bit
+
+
+def _adamw_groups(groups: list[dict[str, Any]], taken: set[int]) -> list[dict[str, Any]]:
+    """What Muon has not taken: all in one, but for groups with a rate of their own."""
+    plain = [param for group in groups if "scale" not in group for param in group["params"] if id(param) not in taken]
+    scaled = [{"params": group["params"], "scale": group["scale"]} for group in groups if "scale" in group]
+    return [{**group, **_kernel(group["params"])} for group in ({"params": plain}, *scaled) if group["params"]]
+
+
+def _kernel(params: list[nn.Parameter]) -> dict[str, bool]:
+    """AdamW in one pass over the weights, without temporaries; torch has none for a group of which FSDP splits a part."""
+    return {"fused": len({isinstance(param, DTensor) for param in params}) == 1, "foreach": False}
 
 
 class EMA:

@@ -9,23 +9,34 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from .config import explain
+from .published import published
 
 
 def fresh(spec: Any, init: str, architecture: dict[str, Any], device: str) -> Any:
     """The part of `spec` in training mode, its weights in fp32.
 
-    init: `pretrained` keeps its weights, `random` draws new ones (and lets `architecture` change fields of its config)
+    init: `pretrained` keeps its weights; `random` draws new ones, lets `architecture` change fields of its config, and leaves the
+    weights of published backbones and VAEs where they are (a text encoder's tokenizer stands beside its own)
     Raises ValueError for another `init`, an architecture for pretrained weights, or fields that the config does not take.
     """
     if init not in ("random", "pretrained") or (init == "pretrained" and architecture):
         raise ValueError(f"init = '{init}' with architecture {architecture}: use 'random' (any architecture) or 'pretrained' (its own)")
-    part = spec.load(dtype=torch.float32, device=device)
-    if init == "random":
+    if init == "pretrained":
+        part = spec.load(dtype=torch.float32, device=device)
+    else:
         try:
-            part = part.reinitialised(**architecture)
+            part = _model_of(spec).reinitialised(**architecture)
         except ValidationError as error:
             raise ValueError(f"architecture of '{spec.name}': {explain(error)}") from error
     return part.to(device).train().requires_grad_(True)
+
+
+def _model_of(spec: Any) -> Any:
+    """One that has the configuration of `spec`; without numbers where that is known without its weights."""
+    if (config := published(spec)) is None:
+        return spec.load(dtype=torch.float32)
+    with torch.device("meta"):
+        return spec.resolve()(config)
 
 
 def check_clips(clips: Tensor, stride: tuple[int, ...], frames: int, height: int, width: int) -> None:

@@ -11,7 +11,9 @@ def wan_objectives() -> list[ObjectiveSpec]:
         ObjectiveSpec(
             "rectified-flow", "wan_train.objectives.flow:RectifiedFlow", summary="velocity of the straight path from data to noise"
         ),
-        ObjectiveSpec("vae", "wan_train.objectives.vae:VAEObjective", summary="L1 and KL reconstruction"),
+        ObjectiveSpec(
+            "vae", "wan_train.objectives.vae:VAEObjective", summary="reconstruction in phases: L1, KL, perceptual term, adversary"
+        ),
     ]
 
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from wan_dit._shared.weights import usable_device
 
 from .config import PartConfig, TrainConfig
-from .copies import Template, named, whole
+from .copies import State, Template, named, whole
 from .curriculum import Curriculum
 from .data.buckets import GRID
 from .data.mix import Mix
@@ -26,6 +27,7 @@ from .layout import Layout
 from .memory import apply_policy
 from .optim import EMA, Optimiser, gradient_norm
 from .plugins import find, plugin_manager
+from .previews import previewed
 from .randomness import generator
 from .store import Guard, Signals, Store, Verdict, restore, training_state
 from .store.averages import Averages, timestep_key
@@ -59,6 +61,8 @@ class Trainer:
         dataset = _dataset(config, pm)
         objective = find("wan_objectives", config.objective.name, pm).resolve()
         self.objective: Objective = objective(config.objective.settings, dataset, config.output, config.device, pm)
+        if any(stage.shift for stage in config.stages) and "shift" not in signature(self.objective.batch).parameters:
+            raise ValueError(f"stages.shift: objective '{config.objective.name}' takes none for its batches: leave it out")
         modules = self.objective.modules
         self.frozen: dict[str, Any] = getattr(self.objective, "frozen", {})
         split = config.parallel.fsdp * config.parallel.ulysses * config.parallel.ring > 1
@@ -112,8 +116,16 @@ class Trainer:
 
     def averaged(self) -> dict[str, Any]:
         """Whole copies of the modules with the averaged weights, and of frozen ones that are split; all processes have to ask for them."""
+        return self._copies(self._averages())
+
+    def _averages(self) -> dict[str, State]:
+        """The whole tensors of these modules; all processes have to ask for them."""
         states = {**{name: named(module) for name, module in self.frozen.items()}, **self.ema.state}
-        return {name: template.filled(whole(states[name])) for name, template in self.templates.items()}
+        return {name: whole(states[name]) for name in self.templates}
+
+    def _copies(self, states: dict[str, State]) -> dict[str, Any]:
+        """Modules with these tensors, which are taken out of `states`: a gathered one is not held twice."""
+        return {name: template.filled(states.pop(name)) for name, template in self.templates.items()}
 
     def _prepare(self) -> None:
         """The first process encodes what is encoded once, and the others read it."""
@@ -130,13 +142,16 @@ class Trainer:
 
     def _preview(self, tracker: Tracker) -> None:
         """Sample with the averaged weights; the figures reach every process, since the rate may depend on them."""
-        modules, measured = self.averaged(), dict[str, float]()
-        if self.layout.is_main:
-            clips, measured = self.objective.preview(modules)
+        objective, states = self.objective, self._averages()
+
+        def show(clips: Tensor) -> dict[str, float]:
+            shown, measured = objective.measure(clips)
             if measured:  # a data set may have nothing to measure
                 tracker.log(self.step, measured)
-            tracker.grid(self.step, clips)
-        measured = self.layout.from_first(measured)
+            tracker.grid(self.step, shown)
+            return measured
+
+        measured = previewed(objective.previews, lambda indices: objective.preview(self._copies(states), indices), show, self.ranks)
         if self.optimiser.plateau is not None:
             self.optimiser.plateau.see(measured)
 
@@ -144,7 +159,8 @@ class Trainer:
         """One step; where it went wrong it is left out, or taken back to the last checkpoint of the store, or ends the run."""
         start, config = time.perf_counter(), self.config
         progress, plateau = self.step / config.steps, self.optimiser.plateau
-        if self.curriculum.advance(self.step, spent=plateau is not None and plateau.spent):
+        stage = self.curriculum.advance(self.step, spent=plateau is not None and plateau.spent)
+        if self._enter(progress) or stage:
             self.guard.reset()  # another loss
             self.optimiser.renew()
         micros = self.curriculum.take(self.objective.batch_size(config.batch_size, progress))
@@ -160,6 +176,11 @@ class Trainer:
             self.optimiser.clear()
             self._recover(verdict, store)
         return {**figures, "grad_norm": norm, "lr_share": rate, "seconds": time.perf_counter() - start}
+
+    def _enter(self, progress: float) -> bool:
+        """Let the objective make its modules ready for a step; says whether another loss begins."""
+        enter = getattr(self.objective, "enter", None)
+        return enter is not None and enter(progress, (self.step - 1) / self.config.steps, self.ema.state)
 
     def _gradients(self, micros: Sequence[Micro], progress: float) -> dict[str, float]:
         """Leave the gradient of the mean loss of all samples; returns the loss and the mean figures."""
@@ -179,7 +200,7 @@ class Trainer:
             for name, values in {"loss": losses.detach(), **facts}.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + weight * values.double().sum().cpu()
         self.times.add(time.perf_counter() - start)
-        self.layout.average(self.optimiser.params)
+        self.layout.average([param for param in self.optimiser.params if param.requires_grad])
         return {name: float(self.layout.total(value)) / count for name, value in sums.items()}
 
     def _recover(self, verdict: Verdict, store: Store | None) -> None:
@@ -208,10 +229,11 @@ class Trainer:
         own = [(micro, 1.0) for micro in shares[layout.data_rank]]
         own += [(Micro(micros[0].bucket, micros[0].samples[:1]), 0.0)] * (-(-turns // layout.context) * layout.context - len(own))
         made: list[tuple[Any, float]] = []
+        given = {} if (shift := self.curriculum.shift) is None else {"shift": shift}
         for i in range(0, len(own), layout.context):
             micro, weight = own[i + layout.context_rank]
             shape = () if micro.bucket is None else (micro.bucket,)
-            made += layout.exchanged([(self.objective.batch(micro.samples, draw, progress, *shape), weight)])
+            made += layout.exchanged([(self.objective.batch(micro.samples, draw, progress, *shape, **given), weight)])
         return made[:turns]
 
     def _bounded(self, micros: Sequence[Micro]) -> list[Micro]:
@@ -287,6 +309,8 @@ def _built(field: str, part: PartConfig, pm: pluggy.PluginManager) -> Any:
     build = find("wan_datasets", part.name, pm).resolve()
     try:
         return build(**part.settings)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{field}.settings of '{part.name}': {error}") from error
     except TypeError as error:  # a setting that it does not have, or one of the wrong type
         raise ValueError(f"{field}.settings of '{part.name}': {error}") from error
 

@@ -55,12 +55,32 @@ def train(recipe: str, overrides: list[str], steps: int, plant: str = "") -> dic
             "weights": {name: value.detach().numpy() for name, value in weights.items()}}  # fmt: skip
 
 
+def encoded(recipe: str, overrides: list[str]) -> tuple[list[int], list[str]]:
+    """The samples whose latents and contexts this process made for a step, and those of all batches that it computed on."""
+    trainer = Trainer(TrainConfig.from_toml(Path(recipe), overrides))
+    trainer._prepare()
+    made: list[int] = []
+    computed: list[str] = []
+    objective: Any = trainer.objective
+    batch, losses = objective.batch, objective.losses
+
+    def making(samples: Any, *given: Any) -> Any:
+        made.extend(samples)
+        found = batch(samples, *given)
+        assert found.context is not None
+        return found
+
+    objective.batch = making
+    objective.losses = lambda given: computed.extend(given.prompts) or losses(given)
+    trainer._train_step()
+    return made, computed
+
+
 def preview(recipe: str, overrides: list[str], steps: int) -> Any:
-    """Run to the end, and sample clips with the trained weights; those of the first process count."""
+    """Run to the end, and sample clips with the trained weights, the same ones on every process."""
     trainer = Trainer(TrainConfig.from_toml(Path(recipe), [*overrides, f"steps={steps}"]))
     trainer.run()
-    modules = trainer.averaged()
-    return trainer.objective.preview(modules)[0].numpy() if trainer.layout.is_main else None
+    return trainer.objective.preview(trainer.averaged(), range(trainer.objective.previews)).numpy()
 
 
 def gradients(trainer: Trainer) -> dict[str, Tensor]:

@@ -186,7 +186,9 @@ def _identity(part: Any) -> str | None:
     """What decides what a part makes: weights, config, type; None where there is no part."""
     if part is None:
         return None
-    weights = part.fingerprint() if hasattr(part, "fingerprint") else fingerprint(part.state_dict())
-    dtype = getattr(part, "dtype", None) or next(iter(part.parameters()), torch.empty(0)).dtype
-    text = f"{weights} {getattr(part, 'config', '')} {getattr(part, 'cleaner', '')} {dtype}"
+    state = part.state_dict() if hasattr(part, "state_dict") else {}  # a text encoder need not be a module
+    weights = part.fingerprint() if hasattr(part, "fingerprint") else fingerprint(state)
+    dtype = getattr(part, "dtype", None) or next(iter(state.values()), torch.empty(0)).dtype
+    kind = f"{type(part).__module__}.{type(part).__qualname__}"
+    text = f"{kind} {weights} {getattr(part, 'config', '')} {getattr(part, 'cleaner', '')} {dtype}"
     return hashlib.sha256(text.encode()).hexdigest()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from wan_dit._shared.files import replacing
-from wan_dit._shared.weights import fingerprint
+from wan_dit._shared.weights import fingerprint, usable_device
 from wan_dit.compat import check
 from wan_dit.contracts import Conditioning
 from wan_dit.guidance import guided_velocity
@@ -26,6 +26,7 @@ from ..parts import check_clips, fresh
 from ..plugins import find
 from .adapters import LoraSettings, TrainedLora
 from .conditioning import Task, check_task, conditioning_of, joined, moved, with_input_channels
+from .frozen_base import Base, load_base
 from .timesteps import TimestepSettings, draw_sigmas, loss_weights
 from .trained import Choice, ContextEmbedder, Trained, WholeBackbone
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from ..data.buckets import Bucket
 
 
-PREVIEWED = 20  # clips that are sampled at a time
+CONTEXTS = 256  # prompts whose context is held in memory: 4 MB each at most of umT5-XXL in fp16
 
 
 class FlowSettings(TimestepSettings):
@@ -45,8 +46,11 @@ class FlowSettings(TimestepSettings):
     init: `random` or `pretrained`, for the backbone and a trained text encoder
     architecture: fields of the config of a random backbone; of a pretrained one `in_dim` alone, which adds inputs of weight zero
     train: `all` of the backbone, a `lora` beside it, or its `context_embedder` for another text encoder
+    base: type of the weights of a backbone that stays as it is (`lora`, `context_embedder`): `fp32`, `bf16`, `fp8` or `int8`
+    swap: blocks of such a one that wait in the host's memory (`wan_train.frozen`)
     task: which frames are known besides the text: `t2v` none, `i2v`, `flf2v`, `continuation`, `mixed`, or what `vace` backbones take
     train_text_encoder: trains it together with the backbone; otherwise it is frozen and its output cached
+    text_device: where a frozen text encoder is, such as `cpu` where the backbone needs the GPU's memory; empty for the run's device
     tokenizer: pieces of a tokenizer that is first trained on the captions, 0 to keep the encoder's own
     clips: clips encoded once, 0 for the whole data set
     precache: encode all clips before training, which then have one shape; off, where the recipe has stages: each is encoded when it is
@@ -65,8 +69,11 @@ class FlowSettings(TimestepSettings):
     text_architecture: dict[str, Any] = Field(default_factory=dict)
     train: Choice = "all"
     lora: LoraSettings = LoraSettings()
+    base: Base = "fp32"
+    swap: int = Field(0, ge=0)
     task: Task = "t2v"
     train_text_encoder: bool = False
+    text_device: str = ""
     tokenizer: int = Field(0, ge=0)
     clips: int = Field(0, ge=0)
     precache: bool = True
@@ -78,12 +85,16 @@ class FlowSettings(TimestepSettings):
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """Samples of a step: latents and noise `[B, C, T', H', W']`, noise levels `[B]`, prompts, and known frames where the task has them."""
+    """Samples of a step: latents and noise `[B, C, T', H', W']`, noise levels `[B]`, prompts, and known frames where the task has them.
+
+    context: what a frozen text encoder makes of the prompts, `[L, D]` each; None of one that is trained
+    """
 
     clean: Tensor
     noise: Tensor
     sigma: Tensor
     prompts: list[str]
+    context: list[Tensor] | None = None
     conditioning: Conditioning | None = None
 
 
@@ -113,11 +124,11 @@ class RectifiedFlow:
         frames, height, width = clips.shape[2:]
         self.shape = (self.backbone.spec.latent_channels, 1 + (frames - 1) // stride[0], height // stride[1], width // stride[2])
         if not s.train_text_encoder:
-            self.text_encoder = specs["text_encoder"].load(device=device)
+            self.text_encoder = specs["text_encoder"].load(device=usable_device(s.text_device) if s.text_device else device)
         self.vae = specs["vae"].load(dtype=torch.float32, device=device)
-        self.cache = Cache(folder / "cache", vae=self.vae)
+        self.cache = Cache(folder / "cache", vae=self.vae, text_encoder=None if s.train_text_encoder else self.text_encoder)
         self._captions = lru_cache(maxsize=100_000)(dataset.captions)
-        self._cached: dict[str, Tensor] = {}
+        self._context = lru_cache(maxsize=CONTEXTS)(self.cache.context)
 
     def _trained_text_encoder(self, spec: Any) -> Any:
         settings = self.settings
@@ -157,12 +168,14 @@ class RectifiedFlow:
     def batch_size(self, given: int, progress: float) -> int:
         return given
 
-    def batch(self, samples: Sequence[int], draw: Draw, progress: float, *bucket: Bucket) -> FlowBatch:
+    def batch(self, samples: Sequence[int], draw: Draw, progress: float, *bucket: Bucket, shift: float | None = None) -> FlowBatch:
         clean = self._clean(samples, *bucket)
         noise = torch.stack([torch.randn(clean.shape[1:], generator=draw(sample, "noise")) for sample in samples])
-        sigma = torch.cat([self.sigmas(1, draw(sample, "sigma")) for sample in samples])
+        sigma = torch.cat([self.sigmas(1, draw(sample, "sigma"), shift) for sample in samples])
         prompts = [self._prompt(sample, draw(sample, "prompt")) for sample in samples]
-        return FlowBatch(clean, noise, sigma, prompts, self._conditioning(samples, [draw(sample, "task") for sample in samples], *bucket))
+        context = None if self.settings.train_text_encoder else [self._context(prompt) for prompt in prompts]
+        known = self._conditioning(samples, [draw(sample, "task") for sample in samples], *bucket)
+        return FlowBatch(clean, noise, sigma, prompts, context, known)
 
     @torch.no_grad()
     def _clean(self, samples: Sequence[int], *bucket: Bucket) -> Tensor:
@@ -197,57 +210,58 @@ class RectifiedFlow:
     def losses(self, batch: FlowBatch) -> tuple[Tensor, dict[str, Tensor]]:
         clean, noise, sigma = (value.to(self.device) for value in (batch.clean, batch.noise, batch.sigma))
         share = sigma.view(-1, 1, 1, 1, 1)
-        context = self.backbone.encode_context(self.embed(batch.prompts))
+        tokens = self.text_encoder.embed(batch.prompts) if batch.context is None else [given.to(self.device) for given in batch.context]
+        context = self.backbone.encode_context(list(tokens))
         given = () if batch.conditioning is None else (moved(batch.conditioning, self.device),)
         velocity = self.backbone((1 - share) * clean + share * noise, 1000 * sigma, context, *given)
         error = (velocity.float() - (noise - clean)).square().flatten(1).mean(1)
         return error * loss_weights(self.settings, sigma), {"error": error.detach(), "sigma": sigma}
 
-    def sigmas(self, count: int, generator: torch.Generator) -> Tensor:
-        return draw_sigmas(self.settings, count, generator)
+    def sigmas(self, count: int, generator: torch.Generator, shift: float | None = None) -> Tensor:
+        """Noise levels `[count]`; shift: in place of that of the settings."""
+        settings = self.settings if shift is None else self.settings.model_copy(update={"shift": shift})
+        return draw_sigmas(settings, count, generator)
 
-    def embed(self, prompts: list[str]) -> list[Tensor]:
-        """Context tokens: with gradients where the encoder is trained, else each prompt encoded once."""
-        if self.settings.train_text_encoder:
-            return list(self.text_encoder.embed(prompts))
-        for prompt in set(prompts) - set(self._cached):
-            self._cached[prompt] = self.text_encoder.encode([prompt])[0]
-        return [self._cached[prompt] for prompt in prompts]
+    @property
+    def previews(self) -> int:
+        return self.settings.preview_prompts
 
     @torch.no_grad()
-    def preview(self, modules: dict[str, nn.Module]) -> tuple[Tensor, dict[str, float]]:
-        """Clips of the data set's evaluation prompts, and what its evaluator reads from them."""
-        count, first = self.settings.preview_prompts, len(self.dataset)
-        if self.settings.task == "t2v":
-            prompts, held_out = self.dataset.evaluation_prompts(count), []
-        else:  # known frames and prompt are of one clip
-            held_out = list(range(first, first + count))
-            prompts = [self.dataset.captions(index)[0] for index in held_out]
+    def preview(self, modules: dict[str, nn.Module], indices: Sequence[int]) -> Tensor:
+        """Clips of prompts that are kept for previews; one at a time, so that each has the same bits in any company."""
         text_encoder: Any = modules.get("text_encoder", self.text_encoder)
+        prompts = self._preview_prompts()
+        clips = []
         with self.trained.inserted(modules) as backbone:
-            parts = []
-            for i in range(0, count, PREVIEWED):
-                given = self._conditioning(
-                    held_out[i : i + PREVIEWED], [torch.Generator().manual_seed(j) for j in held_out[i : i + PREVIEWED]]
-                )
-                parts.append(self.sample(backbone, text_encoder, prompts[i : i + PREVIEWED], seed=i, conditioning=given))
-        clips = torch.cat(parts)
-        return clips[:12], {f"val_{name}": value for name, value in self.dataset.evaluate(clips, prompts).items()}
+            negative = backbone.encode_context(text_encoder.encode([""]))
+            for index in indices:
+                context, held_out = backbone.encode_context(text_encoder.encode([prompts[index]])), len(self.dataset) + index
+                given = self._conditioning([held_out], [torch.Generator().manual_seed(held_out)])
+                clips.append(self.sample(backbone, context, negative, index, given))
+        return torch.cat(clips)
 
-    def sample(self, backbone: Any, text_encoder: Any, prompts: list[str], seed: int, conditioning: Conditioning | None = None) -> Tensor:
-        """Clips `[N, 3, T, H, W]` of the prompts."""
-        settings = self.settings
-        context, negative = (backbone.encode_context(text_encoder.encode(texts)) for texts in (prompts, [""] * len(prompts)))
-        generator = torch.Generator().manual_seed(seed)
+    def measure(self, clips: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The first clips, and what the data set's evaluator reads from all."""
+        figures = self.dataset.evaluate(clips, self._preview_prompts())
+        return clips[:12], {f"val_{name}": value for name, value in figures.items()}
+
+    def _preview_prompts(self) -> list[str]:
+        """The data set's evaluation prompts; where frames are known, captions of the held-out clips that they are of."""
+        if self.settings.task == "t2v":
+            return self.dataset.evaluation_prompts(self.previews)
+        return [self.dataset.captions(len(self.dataset) + index)[0] for index in range(self.previews)]
+
+    def sample(self, backbone: Any, context: Any, negative: Any, seed: int, conditioning: Conditioning | None = None) -> Tensor:
+        """A clip `[1, 3, T, H, W]` of the context of a prompt, and of the empty one; all that is random in it is drawn from `seed`."""
+        settings, generator = self.settings, torch.Generator().manual_seed(seed)
         schedule = self.scheduler.schedule(settings.preview_steps, settings.shift)
-        noise = torch.randn((len(prompts), *self.shape), generator=generator)
-        sample = (noise * schedule.noise_scale).to(self.device)
+        sample = (torch.randn((1, *self.shape), generator=generator) * schedule.noise_scale).to(self.device)
         state, given = self.scheduler.start(schedule), None if conditioning is None else moved(conditioning, self.device)
         for t in schedule.timesteps:
-            timestep = t.float().repeat(len(prompts)).to(self.device)
+            timestep = t.float().reshape(1).to(self.device)
             velocity = guided_velocity(backbone, sample, timestep, context, negative, settings.preview_guidance, given)
             sample = self.scheduler.step(state, velocity, sample, generator)
-        return self.vae.decode(sample).cpu()
+        return self.vae.decode(sample, generator=generator).cpu()
 
     def export(self, modules: dict[str, nn.Module], folder: str) -> None:
         self.trained.export(modules, Path(folder))
@@ -262,14 +276,23 @@ def _check(s: FlowSettings) -> None:
         raise ValueError("tokenizer and text_architecture are of a text encoder trained from random weights: set train_text_encoder")
     if s.train != "all" and s.init != "pretrained":
         raise ValueError(f"train = '{s.train}' leaves the other weights as they are: it needs init = 'pretrained', got '{s.init}'")
+    if s.train != "all" and (changed := sorted(s.architecture.keys() - {"in_dim"})):
+        raise ValueError(f"train = '{s.train}' leaves the backbone as it is: of architecture take in_dim alone, got {', '.join(changed)}")
+    if s.train == "all" and (s.base != "fp32" or s.swap):
+        raise ValueError("base and swap are of a backbone that stays as it is: use them with train = 'lora' or 'context_embedder'")
+    if s.text_device and s.train_text_encoder:
+        raise ValueError("text_device is of a text encoder as it is: leave it out, or train_text_encoder")
     if s.train == "context_embedder" and s.train_text_encoder:
         raise ValueError("train = 'context_embedder' is for a text encoder as it is: leave train_text_encoder out")
 
 
 def _backbone(spec: Any, s: FlowSettings, device: str) -> Any:
-    if s.init == "pretrained" and set(s.architecture) == {"in_dim"}:
-        return with_input_channels(fresh(spec, s.init, {}, device), s.architecture["in_dim"])
-    return fresh(spec, s.init, s.architecture, device)
+    widened = s.init == "pretrained" and set(s.architecture) == {"in_dim"}
+    if s.train == "all":
+        backbone = fresh(spec, s.init, {} if widened else s.architecture, device)
+    else:
+        backbone = load_base(spec, s.base, s.swap, device, s.train)
+    return with_input_channels(backbone, s.architecture["in_dim"]) if widened else backbone
 
 
 def _trained(backbone: Any, s: FlowSettings, text_encoder: Any) -> Trained:

@@ -8,6 +8,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import nn
 from wan_dit._shared.spec import UNKNOWN
 from wan_dit.compat import mismatch
@@ -83,7 +84,7 @@ class ContextEmbedder:
             device = backbone.patch_embedding.weight.device
             backbone.context_embedder = make_context_embedder(text_encoder.embed_dim, backbone.config.dim).to(device)
             backbone.config = backbone.config.model_copy(update=facts)
-        backbone.context_embedder.requires_grad_(True)
+        _in_fp32(backbone.context_embedder, backbone.patch_embedding.weight.dtype)
         self.backbone = backbone
         self.modules: dict[str, nn.Module] = {"context_embedder": backbone.context_embedder}
         self.frozen: dict[str, nn.Module] = {"backbone": backbone}
@@ -104,6 +105,14 @@ class ContextEmbedder:
         assert isinstance(module, nn.Sequential)
         path = folder / "context_embedder.safetensors"
         save_context_embedder(path, module, embedding_space=config.embedding_space, max_tokens=config.text_len)
+
+
+def _in_fp32(embedder: nn.Module, dtype: torch.dtype) -> None:
+    """Train it in fp32 between parts of another type."""
+    embedder.float().requires_grad_(True)
+    if dtype != torch.float32:
+        embedder.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        embedder.register_forward_hook(lambda module, args, output: output.to(dtype))
 
 
 def check_wan(backbone: Any, train: str) -> None:

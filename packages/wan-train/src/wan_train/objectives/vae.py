@@ -1,19 +1,29 @@
-"""The VAE objective: reconstruction and KL (report, section 4.1.2: L1 and KL at 3 : 3e-6; no adversary, no perceptual term)."""
+"""The VAE objective, in phases (report, section 4.1.2): L1, KL and, where they are asked for, a perceptual term and an adversary.
+
+The report trains a VAE of pictures, makes it one of videos, and lets a discriminator sharpen it; L1 : KL : LPIPS are 3 : 3e-6 : 3. DC-AE
+(arXiv 2410.10733) adapts one to high resolution by training parts of it. Both are phases of this objective.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..config import read_settings
 from ..parts import check_clips, fresh
 from ..plugins import find
+from .discriminator import Discriminator, DiscriminatorSettings, adversarial
+from .inflation import inflate
+from .perceptual import Perceptual
+from .phases import Phase, phase_at
 
 if TYPE_CHECKING:
     import pluggy
@@ -21,20 +31,15 @@ if TYPE_CHECKING:
     from ..contracts import Dataset, Draw
 
 
-class Phase(BaseModel):
-    """Until `until` (a share of the run): clips of `frames` frames, cropped to `size` pixels square, `batch` of them (0: the run's)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    until: float = Field(gt=0)
-    frames: int = Field(gt=0)
-    size: int = Field(gt=0)
-    batch: int = Field(0, ge=0)
+FLOOR = 1e-4  # squared error, 46 dB, below which the logarithm hardly counts
 
 
 class VAESettings(BaseModel):
     """vae: the part by name; init: `random` or `pretrained`; architecture: fields of its config to change.
 
-    l1, l2, kl: weights of the loss
+    l1, l2, kl: weights of the loss; log_l2: of the logarithm of the squared error, which counts a dB the same in clips easy and hard
+    perceptual: weight of the distance that the network in the file `perceptual_weights` gives (`perceptual`); off without one, and said so
+    discriminator: of phases with an adversary
     statistics: clips the latent mean and deviation are measured on, once, at the end
     validation: clips of the validation set whose PSNR is logged
     """
@@ -46,17 +51,22 @@ class VAESettings(BaseModel):
     phases: tuple[Phase, ...] = Field(min_length=1)
     l1: float = Field(3.0, ge=0)
     l2: float = Field(0.0, ge=0)
+    log_l2: float = Field(0.0, ge=0)
     kl: float = Field(3e-6, ge=0)
+    perceptual: float = Field(0.0, ge=0)
+    perceptual_weights: Path | None = None
+    discriminator: DiscriminatorSettings = DiscriminatorSettings()
     statistics: int = Field(256, gt=0)
     validation: int = Field(16, gt=0)
 
 
 @dataclass(frozen=True)
 class VAEBatch:
-    """Crops `[B, 3, T, H, W]`, and the random numbers of the posterior of each."""
+    """Crops `[B, 3, T, H, W]`, the random numbers of the posterior of each, and the phase that they are trained in."""
 
     video: Tensor
     generators: list[torch.Generator]
+    phase: Phase
 
 
 class VAEObjective:
@@ -67,19 +77,48 @@ class VAEObjective:
         self.dataset, self.device = dataset, device
         self.vae = fresh(find("wan_vaes", self.settings.vae, pm), self.settings.init, self.settings.architecture, device)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
+        if any(phase.adversary for phase in self.settings.phases):
+            given = self.settings.discriminator
+            self.modules["discriminator"] = Discriminator(given.base_dim, given.levels).to(device)
+        self.perceptual = self._perceptual()
         clips = dataset.video([0])
         check_clips(clips, self.vae.spec.stride, *clips.shape[2:])  # previews are of whole clips
         for phase in self.settings.phases:
-            check_clips(clips, self.vae.spec.stride, phase.frames, phase.size, phase.size)
+            for frames, size in phase.shapes:
+                check_clips(clips, self.vae.spec.stride, frames, size, size)
+            self._check(phase)
+
+    def _perceptual(self) -> Perceptual | None:
+        settings = self.settings
+        if not settings.perceptual:
+            return None
+        if settings.perceptual_weights is None:
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                warnings.warn("the perceptual term is off: give a network in objective.settings.perceptual_weights", stacklevel=2)
+            return None
+        sizes = {size for phase in settings.phases for size in phase.size}
+        return Perceptual(settings.perceptual_weights, self.device, sorted(sizes))
+
+    def _check(self, phase: Phase) -> None:
+        parts = self.vae.parameter_groups() if phase.trains else {}
+        if unknown := [name for name in phase.trains if name not in parts]:
+            raise ValueError(f"phases: trains '{unknown[0]}', and the parts of the VAE are {', '.join(parts)}")
+        if phase.adversary and min(phase.size) < (least := 2**self.settings.discriminator.levels):
+            levels = self.settings.discriminator.levels
+            raise ValueError(f"phases: a discriminator of {levels} levels needs a size of {least} or more, got {min(phase.size)}")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Muon may train the convolutions inside the two halves; the first and the last of each stay with AdamW."""
+        """Muon may train the convolutions inside the two halves; the first and the last of each, and a discriminator, stay with AdamW."""
         named = list(self.vae.named_parameters())
         inner = [
             param for name, param in named if (".levels." in name or ".middle." in name) and param.ndim > 3 and not name.endswith("gamma")
         ]
         chosen = {id(param) for param in inner}
-        return [{"params": inner, "muon": True}, {"params": [param for _, param in named if id(param) not in chosen]}]
+        rest = [param for _, param in named if id(param) not in chosen]
+        groups: list[dict[str, Any]] = [{"params": inner, "muon": True}, {"params": rest}]
+        if (discriminator := self.modules.get("discriminator")) is not None:
+            groups.append({"params": list(discriminator.parameters()), "scale": self.settings.discriminator.scale})
+        return groups
 
     def prepare(self) -> None:
         """Nothing is encoded once: a VAE trains on pixels."""
@@ -91,43 +130,79 @@ class VAEObjective:
     def batch(self, samples: Sequence[int], draw: Draw, progress: float) -> VAEBatch:
         """Random crops in time and space of the clips, as the phase at `progress` says."""
         phase = self.phase(progress)
+        frames, size = phase.shape(draw)
         crops = []
         for sample, clip in zip(samples, self.dataset.video(samples), strict=True):
             generator = draw(sample, "crop")
-            spans = zip(clip.shape[1:], (phase.frames, phase.size, phase.size), strict=True)
+            spans = zip(clip.shape[1:], (frames, size, size), strict=True)
             t, y, x = (int(torch.randint(have - want + 1, (), generator=generator)) for have, want in spans)
-            crops.append(clip[:, t : t + phase.frames, y : y + phase.size, x : x + phase.size])
-        return VAEBatch(torch.stack(crops), [draw(sample, "posterior") for sample in samples])
+            crops.append(clip[:, t : t + frames, y : y + size, x : x + size])
+        return VAEBatch(torch.stack(crops), [draw(sample, "posterior") for sample in samples], phase)
 
     def batch_size(self, given: int, progress: float) -> int:
         """Samples of a step: those of the phase, where it says how many."""
         return self.phase(progress).batch or given
 
     def phase(self, progress: float) -> Phase:
-        return next(phase for phase in self.settings.phases if progress < phase.until or phase is self.settings.phases[-1])
+        return self.settings.phases[phase_at(self.settings.phases, progress)]
+
+    def enter(self, progress: float, before: float, averages: Mapping[str, Mapping[str, Tensor]]) -> bool:
+        """Freeze what the phase does not train, and inflate the VAE where one begins that asks for it; says whether one begins."""
+        phases, now = self.settings.phases, phase_at(self.settings.phases, progress)
+        self.vae.requires_grad_(not phases[now].trains)
+        parts = self.vae.parameter_groups() if phases[now].trains else {}
+        for param in (param for name in phases[now].trains for param in parts[name]):
+            param.requires_grad_(True)
+        if (discriminator := self.modules.get("discriminator")) is not None:
+            discriminator.requires_grad_(phases[now].adversary > 0)
+        begun = phases[0 if before < 0 else phase_at(phases, before) + 1 : now + 1]
+        if any(phase.inflate for phase in begun):
+            inflate(self.vae, averages["vae"])
+        return bool(begun)
 
     def losses(self, batch: VAEBatch) -> tuple[Tensor, dict[str, Tensor]]:
         settings, video = self.settings, batch.video.to(self.device)
         output, mean, logvar = self.vae.reconstruct(video, batch.generators)
-        difference = (output.float() - video).flatten(1)
+        output = output.float()
+        difference = (output - video).flatten(1)
         l1, l2 = difference.abs().mean(1), difference.square().mean(1)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1) if logvar is not None else torch.zeros_like(l1)
-        losses = settings.l1 * l1 + settings.l2 * l2 + settings.kl * kl
-        return losses, {"l1": l1.detach(), "kl": kl.detach(), "psnr": _psnr(l2.detach())}
+        reconstruction = settings.l1 * l1 + settings.l2 * l2 + settings.log_l2 * (l2 + FLOOR).log()
+        figures = {"l1": l1.detach(), "kl": kl.detach(), "psnr": _psnr(l2.detach())}
+        if self.perceptual is not None:
+            distance = self.perceptual(output, video)
+            reconstruction = reconstruction + settings.perceptual * distance
+            figures["perceptual"] = distance.detach()
+        losses = reconstruction + settings.kl * kl
+        if batch.phase.adversary:
+            generator, discriminator = adversarial(self.modules["discriminator"], video, output, reconstruction)
+            losses = losses + batch.phase.adversary * generator + discriminator
+            figures |= {"adversary": generator.detach(), "discriminator": discriminator.detach()}
+        return losses, figures
+
+    @property
+    def previews(self) -> int:
+        return self.settings.validation
 
     @torch.no_grad()
-    def preview(self, modules: dict[str, nn.Module]) -> tuple[Tensor, dict[str, float]]:
-        """Validation clips above their reconstructions, and the mean PSNR in dB over whole clips."""
+    def preview(self, modules: dict[str, nn.Module], indices: Sequence[int]) -> Tensor:
+        """Reconstructions of whole validation clips."""
         vae: Any = modules["vae"]
-        indices = list(range(len(self.dataset), len(self.dataset) + self.settings.validation))  # never drawn in training
-        video = self.dataset.video(indices)
-        output = torch.cat([vae.decode(vae.encode(clip[None].to(self.device))).cpu() for clip in video])
-        psnr = torch.stack([_psnr((a - b).square().mean()) for a, b in zip(output, video, strict=True)]).mean()
-        return torch.cat([video[:3], output[:3]]), {"val_psnr": psnr.item()}
+        return torch.cat([vae.decode(vae.encode(clip[None].to(self.device))).cpu() for clip in self._validation(indices)])
+
+    def measure(self, clips: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Validation clips above their reconstructions, and the mean PSNR in dB."""
+        video = self._validation(range(self.previews))
+        psnr = torch.stack([_psnr((a - b).square().mean()) for a, b in zip(clips, video, strict=True)]).mean()
+        return torch.cat([video[:3], clips[:3]]), {"val_psnr": psnr.item()}
+
+    def _validation(self, indices: Sequence[int]) -> Tensor:
+        """Clips that are never drawn in training."""
+        return self.dataset.video([len(self.dataset) + index for index in indices])
 
     def export(self, modules: dict[str, nn.Module], folder: str) -> None:
         vae: Any = modules["vae"]
-        indices = range(self.settings.statistics)
+        indices = range(0, self.samples, max(1, self.samples // self.settings.statistics))  # all data sets of a mix have their share
         vae.fit_normaliser(self.dataset.video([index]).to(self.device) for index in indices)
         vae.half().save_pretrained(Path(folder) / "vae")
 

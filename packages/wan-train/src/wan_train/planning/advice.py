@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .degrees import Degrees, divisors
-from .job import Bucket, Job
+from .job import PACKED, Bucket, Job
 from .plan import Plan
 from .policy import Wanted
 
@@ -110,10 +110,10 @@ def _of_states(plan: Plan) -> Iterator[tuple[str, Plan]]:
             "adapters on a base in 8 bits: --lora 32 --base fp8",
             plan.changed(job=job.changed(lora=32, base="fp8", precision="bf16"), wanted=Wanted(job.blocks, 0)),
         )
-    elif job.base not in ("fp8", "int8"):
+    elif job.base not in PACKED:
         yield "the frozen weights in 8 bits: --base fp8", plan.changed(job=job.changed(base="fp8"))
-    if job.lora and job.swapped < job.config.num_layers:
-        most = job.config.num_layers
+    if job.lora and job.swapped < job.blocks:
+        most = job.blocks
         enough = next((k for k in range(job.swapped + 1, most) if plan.changed(job=job.changed(swapped=k)).fits), most)
         yield f"{enough} blocks wait in the host's memory: --block-swap {enough}", plan.changed(job=job.changed(swapped=enough))
 

@@ -11,6 +11,7 @@ from wan_dit.plan import block_layers, parameters, tokens, weights
 Precision = Literal["fp32", "bf16", "autocast"]
 Optimiser = Literal["adamw", "adamw8bit", "muon"]
 Base = Literal["fp32", "bf16", "fp8", "int8"]
+PACKED = ("fp8", "int8")
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03125, "muon": 8.0}  # bytes a parameter; in 8 bits two numbers, and two fp32 scales for 256 of them
 
 
@@ -55,10 +56,10 @@ class Job:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {least} or more")
         if not self.buckets or min(bucket.share for bucket in self.buckets) <= 0:
             raise ValueError("there must be a bucket of clips, and each needs a share above 0")
-        if not self.lora and (self.swapped or self.base in ("fp8", "int8")):
+        if not self.lora and (self.swapped or self.base in PACKED):
             raise ValueError("8-bit weights and block swap are of a frozen base: give a LoRA rank too, such as --lora 32")
-        if self.swapped > self.config.num_layers:
-            raise ValueError(f"block swap of {self.swapped}: the model has {self.config.num_layers} blocks")
+        if self.swapped > self.blocks:
+            raise ValueError(f"block swap of {self.swapped}: the model has {self.blocks} blocks")
 
     @property
     def blocks(self) -> int:
@@ -119,21 +120,26 @@ class Job:
         """Parameters in no block."""
         return parameters(self.config).total - self.blocks * self.block_parameters
 
+    @property
+    def splits(self) -> bool:
+        """Whether shards of the weights are of the frozen base too: those in 8 bits and those that wait are whole on every process."""
+        return self.base not in PACKED and not self.swapped
+
     def frozen(self) -> tuple[int, int, int]:
         """Bytes of the frozen base: on the device, in the host's memory, brought to the device for each forward or recomputation.
 
-        As `wan_dit.offload.load_offloaded` holds it: beside the blocks that stay, one that runs and one that arrives. The layers
-        that make keys and values of the prompt come and go by themselves, of all blocks.
+        As `wan_train.frozen` holds it: beside the blocks that stay, one that runs and one that arrives. The layers that make keys and
+        values of the prompt come and go by themselves, of all blocks.
         """
         if not self.lora:
             return 0, 0, 0
-        quantise, dtype = (self.base, "bf16") if self.base in ("fp8", "int8") else (None, self.base)
+        quantise, dtype = (self.base, "bf16") if self.base in PACKED else (None, self.base)
         whole = weights(self.config, dtype, quantise=quantise)
         if not self.swapped:
             return whole.device, 0, 0
         swapped, found = weights(self.config, dtype, offload="blocks", quantise=quantise), parameters(self.config)
         context = swapped.host * found.context / (found.context + found.running)
-        share = self.swapped / self.config.num_layers
+        share = self.swapped / self.blocks
         away = context + (swapped.host - context) * share
         arriving = swapped.device - (whole.device - swapped.host)
         return round(whole.device - away + arriving), round(away), round(swapped.brought * share)

@@ -68,19 +68,19 @@ def states(job: Job, degrees: Degrees) -> list[Term]:
     """What stays from step to step, and the weights that are gathered while a block runs."""
     found, shards = parameters(job.config), degrees.fsdp
     linear = found.running + found.context
-    device, _, _ = job.frozen()
+    (device, _, _), held = job.frozen(), shards if job.splits else 1
     gathered = job.width if job.precision != "autocast" else 4
-    held = 4 * job.trained if job.held_gradients and job.accumulate > 1 and shards > 1 else 0
+    whole = 4 * job.trained if job.held_gradients and job.accumulate > 1 and shards > 1 else 0
     window = 0
     if shards > 1 and job.lora:
-        window = round(2 * device / job.blocks)
+        window = round(2 * device / job.blocks) if job.splits else 0
     elif shards > 1:  # a block that runs, one that arrives, gradients of one that are reduced in fp32; what is in no block stays gathered
         window = job.block_parameters * (2 * gathered + gathered + 4) + job.outside * gathered
     copies = 2 * linear if job.precision == "autocast" and not job.lora else 0
     return [
         Term("parameters", 4 * job.trained // shards, f"{job.trained:,} in fp32 over {shards}"),
-        Term("base", device // shards, f"frozen weights in {job.base} over {shards}"),
-        Term("gradients", 4 * job.trained // shards + held, "fp32" + (", whole between the turns of a step" if held else "")),
+        Term("base", device // held, f"frozen weights in {job.base} over {held}"),
+        Term("gradients", 4 * job.trained // shards + whole, "fp32" + (", whole between the turns of a step" if whole else "")),
         Term("optimiser", round(job.moments / shards), job.optimiser),
         Term("ema", 4 * job.trained // shards if job.ema else 0, "averaged weights in fp32"),
         Term("window", window, "gathered weights of two blocks and what is in no block, gradients of one"),
@@ -153,7 +153,7 @@ def memory(job: Job, degrees: Degrees, policy: Policy, gamma: float | None = Non
         Term("around", round(around_bytes(job, shape)), "patches, rotations, times; whole samples"),
         Term("runtime", RUNTIME, "CUDA context, NCCL, cuBLAS (an estimate)"),
     ]
-    return Memory(tuple(terms), round(policy.count("offload") * blocks.block) + swapped // degrees.fsdp)
+    return Memory(tuple(terms), round(policy.count("offload") * blocks.block) + swapped)
 
 
 def _told(policy: Policy) -> str:

@@ -35,7 +35,7 @@ def solve(job: Job, degrees: Degrees, gpu: Gpu, rates: Rates, wanted: Wanted, ro
     if (wanted.recompute or 0) + (wanted.offload or 0) > blocks:
         raise ValueError(f"{wanted.recompute or 0} blocks to recompute and {wanted.offload or 0} to offload: the model has {blocks}")
     _, swapped, _ = job.frozen()
-    most = min(hideable(job, degrees, gpu, rates, each.block), max(0, int((host - swapped // degrees.fsdp) // each.block)))
+    most = min(hideable(job, degrees, gpu, rates, each.block), max(0, int((host - swapped) // each.block)))
     keep = spread(blocks, 0, 0)
     left = room - (memory(job, degrees, keep, gamma).total - each.total(keep))  # for activations
     best: Policy | None = None

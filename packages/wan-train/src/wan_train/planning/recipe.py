@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from wan_dit.config import TINY, DiTConfig
+from wan_dit.config import DiTConfig
 from wan_dit.plan import tokens
 from wan_dit.plugins import find, plugin_manager
 from wan_dit.recognition import ARCHITECTURES
 
 from ..config import StageConfig, TrainConfig
+from ..published import backbones
 from .degrees import Degrees
-from .job import Bucket, Job
+from .job import Bucket, Job, Precision
+from .memory import Policy, memory
 from .policy import Wanted
 
 WITHOUT = ("vae",)  # objectives of this package that train no transformer
-RANK = 16  # of a LoRA where a recipe does not say
+RANK, FACTOR = 16, 8  # of a LoRA and a LoKr where a recipe does not say
 SHAPES, FRAMES = (64, 64), {"shapes": 17}  # what data sets have where a recipe does not say: (height, width), and frames, else 81
 
 
@@ -38,41 +41,78 @@ def read(config: TrainConfig, gpus: int | None, size: tuple[int, int] | None = N
 
     ADAPTER: everything that the plan takes from a recipe is read here, so that new sections of the recipe are added here alone.
     size, frames: in place of those of its data
+    A recipe with stages is read as the part of them, clips or pictures, that takes the most memory in the recipe's layout.
     ValueError for an objective without a transformer, or where there is no size.
     """
     settings = config.objective.settings
     if config.objective.name in WITHOUT:
         raise ValueError(f"plans are of transformers, and the objective of '{config.name}' is '{config.objective.name}'")
     model = architecture(str(settings.get("backbone", "tiny")), settings.get("architecture", {}))
-    parallel, context = config.parallel, config.parallel.ulysses * config.parallel.ring
-    least = max(context, parallel.fsdp)
-    gpus = gpus or least
-    ranks = max(1, gpus // context)
-    clips, heaviest = bucket(config, size, frames), _heaviest(config)
-    share = -(-((heaviest.batch_size if heaviest else 0) or config.batch_size) // ranks)
-    budget = max(1, heaviest.tokens // tokens(model, clips.size, clips.frames)) if heaviest else share
-    micro = min(config.micro_batch or share, share, budget)
-    job = Job(
-        model, (clips,), micro_batch=micro, accumulate=-(-share // micro),
-        precision="autocast" if config.precision == "bf16" else "fp32", optimiser=config.optimiser.name, ema=config.ema > 0,
-        held_gradients=True, lora=int(settings.get("lora", {}).get("rank", RANK)) if settings.get("train") == "lora" else 0,
+    parallel = config.parallel
+    gpus = gpus or max(parallel.ulysses * parallel.ring, parallel.fsdp)
+    laid = Degrees(gpus, parallel.ulysses, parallel.ring, parallel.fsdp)
+    job_of = partial(
+        Job, model, precision=_precision(config), optimiser=config.optimiser.name, ema=config.ema > 0, held_gradients=True,
+        lora=_rank(settings), base=settings.get("base", "fp32"), swapped=settings.get("swap", 0),
     )  # fmt: skip
+    jobs = []
+    for stage, clips in _clips(config, size, frames):
+        micro, turns = _turns(config, stage, tokens(model, clips.size, clips.frames), max(1, laid.data_ranks))
+        jobs.append(job_of((clips,), micro_batch=micro, accumulate=turns))
     policy = config.memory.policy
-    choices = [policy] * job.blocks if isinstance(policy, str) else list(policy)
+    choices: Policy = (policy,) * jobs[0].blocks if isinstance(policy, str) else policy
     return Asked(
-        config.name, job, gpus, parallel.ulysses, parallel.ring, parallel.fsdp,
+        config.name, max(jobs, key=lambda job: memory(job, laid, choices).total), gpus, parallel.ulysses, parallel.ring, parallel.fsdp,
         Wanted(choices.count("recompute"), choices.count("offload")),
     )  # fmt: skip
 
 
-def bucket(config: TrainConfig, size: tuple[int, int] | None, frames: int | None) -> Bucket:
-    """Size, (width, height), and frames of the clips; where they are not given those of the heaviest stage, or of the recipe's data.
+def _precision(config: TrainConfig) -> Precision:
+    """A frozen base in bf16 or in 8 bits is computed with in bf16."""
+    if config.objective.settings.get("base", "fp32") != "fp32":
+        return "bf16"
+    return "autocast" if config.precision == "bf16" else "fp32"
+
+
+def _rank(settings: dict[str, Any]) -> int:
+    """Of the LoRA, or of the one that has as many numbers as the LoKr; 0 where all weights are trained."""
+    if settings.get("train") != "lora":
+        return 0
+    lora = settings.get("lora", {})
+    rank = int(lora.get("rank", RANK))
+    return max(1, round(rank / lora.get("factor", FACTOR))) if lora.get("kind") == "lokr" else rank
+
+
+def _clips(config: TrainConfig, size: tuple[int, int] | None, frames: int | None) -> list[tuple[StageConfig | None, Bucket]]:
+    """What is trained on: the clips of each stage, and pictures where it speaks of them; without stages those of the recipe's data.
 
     Sizes in a recipe are (height, width).
     """
+    if not config.stages:
+        return [(None, _bucket(config, size, frames))]
+    found: list[tuple[StageConfig | None, Bucket]] = []
+    for stage in config.stages:
+        if films := stage.weights.get("video") != 0:
+            found.append((stage, Bucket(size or stage.video[::-1], frames or max(stage.frames))))
+        if stage.image or stage.weights.get("image") or not films:
+            found.append((stage, Bucket(size or (stage.image or stage.video)[::-1], frames or 1)))
+    return found
+
+
+def _turns(config: TrainConfig, stage: StageConfig | None, count: int, ranks: int) -> tuple[int, int]:
+    """Samples, of `count` tokens each, that a data rank computes at a time, and such turns of a step."""
+    held, share = config.batch_size, -(-config.batch_size // ranks)
+    if stage is not None:
+        squared = stage.squared // count**2 if stage.squared else stage.tokens
+        held = max(1, min(stage.tokens // count, squared, stage.samples or stage.tokens))
+        share = -(-stage.micro_batches // ranks) * held if stage.micro_batches else -(-(stage.batch_size or config.batch_size) // ranks)
+    micro = min(config.micro_batch or share, share, held)
+    return micro, -(-share // micro)
+
+
+def _bucket(config: TrainConfig, size: tuple[int, int] | None, frames: int | None) -> Bucket:
+    """Size and frames of the recipe's data, where they are not given."""
     data = config.data
-    if (stage := _heaviest(config)) is not None:
-        return Bucket(size or stage.video[::-1], frames or max(stage.frames))
     if size is None:
         found = data.settings.get("size") or (SHAPES if data.name == "shapes" else None)
         if found is None:
@@ -81,18 +121,13 @@ def bucket(config: TrainConfig, size: tuple[int, int] | None, frames: int | None
     return Bucket(size, int(data.settings.get("frames", FRAMES.get(data.name, 81))) if frames is None else frames)
 
 
-def _heaviest(config: TrainConfig) -> StageConfig | None:
-    """The stage with the largest clips: the memory of a run is that of it."""
-    return max(config.stages, key=lambda stage: stage.video[0] * stage.video[1] * max(stage.frames), default=None)
-
-
 def architecture(name: str, changes: dict[str, Any] | None = None) -> DiTConfig:
     """The configuration of a model or backbone by name, or of a checkpoint on disk, with fields changed; reads no weights.
 
     LookupError that lists the names known.
     """
     short = name.rpartition(":")[2] if not name.startswith(("hub:", "pkg:")) else name
-    known = {**ARCHITECTURES, "tiny": TINY}
+    known = {**ARCHITECTURES, **backbones()}
     if short in known:
         config = known[short]
     else:

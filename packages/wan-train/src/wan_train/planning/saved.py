@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .job import Job
+from .job import PACKED, Job
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ def block_bytes(job: Job, shape: Shape, counts: Kept, *, ulysses: bool = False) 
     each += PER_SAMPLE * d if job.times else 0
     each += job.width * d if ulysses else 0  # attention's result, before and after its heads come home
     each += 8 * job.lora * job.width
-    brought = job.base in ("fp8", "int8") or job.swapped  # weights made or fetched for a product, and kept for its gradient
-    unpacked = job.width * job.block_parameters if brought else 0
-    return shape.own * each + unpacked
+    return shape.own * each
 
 
 def boundary_bytes(job: Job, shape: Shape, counts: Kept) -> float:
@@ -86,6 +84,10 @@ def around_bytes(job: Job, shape: Shape) -> float:
 
 
 def backward_bytes(job: Job, shape: Shape, counts: Kept) -> float:
-    """What the backward of a block makes beside what is kept: gradients of the stream, or of the feed-forward layer where that is wide."""
+    """What the backward of a block makes beside what is kept: gradients of the stream, or of the feed-forward layer where that is wide.
+
+    A weight in 8 bits is unpacked for its product, one at a time.
+    """
     d, f = job.config.dim, job.config.ffn_dim
-    return shape.own * max(4 * counts.boundary * d, job.width * f + 4 * d)
+    unpacked = (4 + job.width % 4) * d * f if job.base in PACKED and job.lora else 0  # in fp32, and in the type of products
+    return shape.own * max(4 * counts.boundary * d, job.width * f + 4 * d) + unpacked

@@ -77,7 +77,9 @@ def block_time(job: Job, degrees: Degrees, bucket: Bucket, gpu: Gpu, rates: Rate
     own = shape_of(job, degrees, bucket).own
     each = operations(job.config, job.count(bucket)).attention / job.blocks / degrees.context * job.micro_batch
     sent = forward_traffic(job, degrees, bucket)
-    weights = (job.frozen()[0] / job.blocks) if job.lora else job.block_parameters * (4 if job.precision == "autocast" else job.width)
+    weights = job.block_parameters * (4 if job.precision == "autocast" else job.width)
+    if job.lora:
+        weights = job.frozen()[0] // job.blocks if job.splits else 0
     shards = degrees.fsdp
     return Block(
         products=2 * parameters(job.config).piece * own / rates.products,

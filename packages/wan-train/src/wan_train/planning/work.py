@@ -74,7 +74,9 @@ def traffic(job: Job, degrees: Degrees, bucket: Bucket, recomputed: int = 0) -> 
     ring_backward = one.ring + 4 / width * one.ring * (r / (r - 1)) if r > 1 else 0.0  # gradients in fp32, and one hop further
     whole = job.count(bucket) * job.micro_batch * config.dim * 4
     trained, weights = job.trained, parameters(config).total
-    gathered = (job.frozen()[0] + width * trained) if job.lora else (4 if job.precision == "autocast" else width) * weights
+    gathered = (4 if job.precision == "autocast" else width) * weights
+    if job.lora:
+        gathered = (job.frozen()[0] if job.splits else 0) + width * trained
     return Traffic(
         ulysses=turns * one.ulysses * (2 * blocks + recomputed),
         ring=turns * (one.ring * (blocks + recomputed) + ring_backward * blocks),

@@ -31,6 +31,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def to_first(self, value: T) -> list[T] | None:
+        """The values of all processes, by rank, on rank 0, and None on the others: for what is large."""
+        if self.group is None:
+            return [value]
+        values = [value] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values
+
     def first(self, value: T) -> T:
         """The value of rank 0, on every process."""
         given = [value]

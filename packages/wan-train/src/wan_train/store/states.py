@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..copies import named
@@ -26,7 +27,7 @@ def training_state(
     """Weights, state of the optimisers, averaged weights, what the modules are, and `values`: step, sampler position, schedule.
 
     It is both what is saved and what is loaded into: it holds the tensors themselves, so `Store.load` fills modules, optimisers
-    and averages in place, and `restore` does the rest. An optimiser that has made no step gets its state here, all zero.
+    and averages in place, and `restore` does the rest. Parameters that an optimiser has not stepped yet get their state here, all zero.
     ema: module -> averaged tensors by name; views: of a parameter, the tensor that an optimiser holds in its place
     Raises ValueError where an optimiser holds a tensor that is of none of the modules.
     """
@@ -44,21 +45,29 @@ def restore(state: Mapping[str, Any], optimisers: Sequence[Optimizer] = ()) -> d
         for group, facts in zip(optimiser.param_groups, loaded["groups"], strict=True):
             group |= facts
         for own, facts in zip(_states(optimiser), loaded["state"].values(), strict=True):
-            own |= facts
+            own |= {key: fact for key, fact in facts.items() if not isinstance(fact, dict)}
     values: dict[str, Any] = state["values"]
     return values
 
 
 def _optimiser_state(optimiser: Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
     """By names and not, as torch does it, by numbers; one flat optimiser over several modules is as good as one of each."""
-    if not optimiser.state:
-        _initialise(optimiser)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    if fresh := [parameter for parameter in parameters if parameter not in optimiser.state]:
+        _initialise(optimiser, fresh)
     if unknown := [list(value.shape) for value in parameters if id(value) not in names]:
         raise ValueError(f"an optimiser holds a tensor {unknown[0]} that is of none of the modules: its state would have no name")
     held = [parameter for parameter in parameters if parameter in optimiser.state]
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimiser.param_groups]
-    return {"state": {names[id(value)]: dict(optimiser.state[value]) for value in held}, "groups": groups}
+    states = {names[id(value)]: {key: _parts(part) or part for key, part in optimiser.state[value].items()} for value in held}
+    return {"state": states, "groups": groups}
+
+
+def _parts(value: Any) -> dict[str, Tensor]:
+    """The tensors that a packed one is made of, such as a moment in 8 bits; none of others."""
+    if not hasattr(value, "__tensor_flatten__") or isinstance(value, DTensor):
+        return {}
+    return {name: getattr(value, name) for name in value.__tensor_flatten__()[0]}
 
 
 def _states(optimiser: Optimizer) -> list[dict[str, Any]]:
@@ -66,11 +75,13 @@ def _states(optimiser: Optimizer) -> list[dict[str, Any]]:
     return [optimiser.state[value] for value in held]
 
 
-def _initialise(optimiser: Optimizer) -> None:
-    """Let an optimiser make its state, by a step of rate 0 with gradients of 0, and set it to what it is before any step."""
+def _initialise(optimiser: Optimizer, fresh: Sequence[Tensor]) -> None:
+    """Let an optimiser make the state of `fresh`, by a step of rate 0 with gradients of 0, and set it to what it is before any step."""
     parameters = [value for group in optimiser.param_groups for value in group["params"]]
     gradients, rates = [value.grad for value in parameters], [group["lr"] for group in optimiser.param_groups]
     for value in parameters:
+        value.grad = None
+    for value in fresh:
         value.grad = torch.zeros_like(value)
     for group in optimiser.param_groups:
         group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
@@ -79,6 +90,10 @@ def _initialise(optimiser: Optimizer) -> None:
         group["lr"] = rate
     for value, gradient in zip(parameters, gradients, strict=True):
         value.grad = gradient
-    for state in _states(optimiser):
+    for made in fresh:
+        state = optimiser.state[made]
         for key, value in state.items():
-            state[key] = value.zero_() if isinstance(value, Tensor) else type(value)()
+            if _parts(value):
+                value.copy_(torch.zeros(value.shape, device=value.device))
+            else:
+                state[key] = value.zero_() if isinstance(value, Tensor) else type(value)()
