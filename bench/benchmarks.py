@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dit
 import torch
+import training
+import training_gpu
 from page import header, machine, table
 from references import reference_latents, reference_video, text_pair, vae_pair
 from timing import Comparison, compare
+from wan_dit.config import TINY
 from wan_text.config import XXL
 from wan_text.encoder import length_batches
 from wan_text.encoder import padded as padded_batch
@@ -30,7 +34,6 @@ over pairs, then the least and the greatest. Ratios are of these shapes and this
 backbone is narrower than the published ones. "Apart" is the largest difference between the two results over max(1, largest
 reference).
 """
-COLUMNS = ["what", "ours", "reference", "ratio", "pairs", "apart"]
 VAE21 = WAN21.model_copy(update={"base_dim": 32, "decoder_base_dim": 32})
 VAE22 = WAN22.model_copy(update={"base_dim": 32, "decoder_base_dim": 48})
 FRAMES, HEIGHT, WIDTH = 9, 64, 112
@@ -151,76 +154,127 @@ def listing() -> Iterator[Comparison]:
     yield fresh("from wan_text.cli import main; main(['list'])", "import transformers", 5)
 
 
-def memory() -> str:
+def memory() -> Iterator[list[str]]:
     """The most resident memory of whole processes that decode or encode once, Python and libraries included."""
-    rows = []
     for what in ("encode", "decode"):
         peaks = {}
         for who in ("winograd", "direct", "diffusers"):
             command = [sys.executable, str(Path(__file__).with_name("peak.py")), what, who]
             peaks[who] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1e9
-        rows.append([f"{what} 9 x 96 x 160", *(f"{peak:.2f} GB" for peak in peaks.values())])
-    columns = ["what", "ours, winograd", "ours, direct", "diffusers"]
-    vae = f"## Peak memory of the video VAE\n\nWan2.1 at full width in fp32, a process each, one run.\n\n{table(columns, rows)}"
-    loads = table(["what", "file", "ours", "diffusers"], dit.loading_memory())
-    return f"{vae}\n## Peak memory of loading\n\nA process each, one run; Python and libraries included.\n\n{loads}"
+        yield [f"{what} 9 x 96 x 160", *(f"{peak:.2f} GB" for peak in peaks.values())]
 
 
-PEAKS = "peak memory"  # the two tables that end the page
+@dataclass(frozen=True)
+class Section:
+    """Of the page; `rows` gives those of its table, or none where this machine cannot measure them."""
+
+    title: str
+    what: str
+    rows: Callable[[], Iterable[list[str]]]
+    columns: tuple[str, ...] = ("what", "ours", "reference", "ratio", "pairs", "apart")
+
+    def measured(self) -> str:
+        found = []
+        for row in self.rows():
+            found.append(row)
+            sys.stderr.write(f"{self.title}: {' | '.join(row)}\n")
+        body = table(self.columns, found) if found else "Not measured: there is no GPU here.\n"
+        return f"## {self.title}\n\n{self.what[0].upper()}{self.what[1:]}.\n\n{body}"
+
+
+def rows_of(measure: Callable[[], Iterator[Comparison]]) -> Callable[[], Iterator[list[str]]]:
+    return lambda: (comparison.row() for comparison in measure())
+
+
 SECTIONS = (
-    ("Video VAE", "Wan2.1 at full width against diffusers' AutoencoderKLWan; normalised latents in and out", vae),
-    ("A clip that stands still", "Wan2.1 at full width, ours with the shortcut against ours without it, equal to the bit", still),
-    ("Video VAE, other widths", "against diffusers' AutoencoderKLWan; normalised latents in and out", widths),
-    (
+    Section("Video VAE", "Wan2.1 at full width against diffusers' AutoencoderKLWan; normalised latents in and out", rows_of(vae)),
+    Section(
+        "A clip that stands still", "Wan2.1 at full width, ours with the shortcut against ours without it, equal to the bit", rows_of(still)
+    ),
+    Section("Video VAE, other widths", "against diffusers' AutoencoderKLWan; normalised latents in and out", rows_of(widths)),
+    Section(
         "Text encoder",
         "one block of umT5-XXL; transformers' UMT5EncoderModel gets prompts padded to 512 tokens, as Wan's pipelines give it",
-        text,
+        rows_of(text),
     ),
-    (
+    Section(
         "Backbone",
         f"one step of a sampling loop, whose prompt ours has encoded before, against diffusers' WanTransformer3DModel; one sample, "
         f"a prompt of {dit.PROMPT_TOKENS} tokens, 6 layers at width 512, else 2",
-        dit.backbone,
+        rows_of(dit.backbone),
     ),
-    (
+    Section(
         "Backbone and its floor",
         "the same, against the matrix products and attentions that are left when all else is cached or costs nothing; 0.87 is 1.15 times "
         "the floor",
-        dit.against_floor,
+        rows_of(dit.against_floor),
     ),
-    (
+    Section(
         "Sampling under a cache",
         f"the built-in model, {dit.STEPS} steps with guidance, against the same without a cache; here apart is the relative L2 of the "
         "last latents",
-        dit.loop,
+        rows_of(dit.loop),
     ),
-    ("Loading", "fresh processes, imports and a look at every weight included", lambda: dit.loading(children)),
-    ("Imports", "in fresh processes, Python's own start included", imports),
-    ("Listing plugins", "in fresh processes, against what importing torch, or transformers, alone would take", listing),
+    Section(
+        "Training step",
+        "one step of the trainer at width 512 with 6 layers, from cached latents: forward, backward, clipping and AdamW, without averaged "
+        "weights. The reference is diffusers' WanTransformer3DModel in a plain loop with torch's AdamW as it comes, over the same latents "
+        "and the same embeddings, which it pads: to 512, as Wan is trained, or to 32, where ours has nothing to save. Here apart is the "
+        "relative L2 of the gradients of one batch",
+        rows_of(training.steps),
+    ),
+    Section(
+        "Training by layout",
+        f"`wan-train run` over gloo, a process a core of the {os.cpu_count()} there are, and fresh ones for each run. Steps of "
+        f"{training.SAMPLES} samples of {training.TOKENS} tokens by the same model, in wall time, so that whatever else the machine does "
+        "counts. The share is that of one process in the same round: 2 would be perfect",
+        training.layouts,
+        ("layout", "tokens a second", "share", "rounds"),
+    ),
+    Section(
+        "Training step on a GPU",
+        f"six blocks of the 1.3B model on one {training_gpu.NAME}, 480 x 832, bf16 autocast, one sample, against the same loop; in wall "
+        "time",
+        rows_of(training_gpu.steps),
+    ),
+    Section(
+        "Use of a GPU in training",
+        f"the whole 1.3B model on one {training_gpu.NAME}, 480 x 832, 81 frames, one sample, bf16 autocast, AdamW; prompts of width "
+        f"{TINY.text_dim}. MFU is the model's operations, three times those of the forward, over {training_gpu.PEAK / 1e12:.0f} TFLOP/s. "
+        "The peak is what torch has allocated, the plan that of `wan-train plan` without its estimate of the runtime",
+        training_gpu.utilisation,
+        ("what", "a step", "MFU", "peak memory", "planned"),
+    ),
+    Section("Loading", "fresh processes, imports and a look at every weight included", rows_of(lambda: dit.loading(children))),
+    Section("Imports", "in fresh processes, Python's own start included", rows_of(imports)),
+    Section("Listing plugins", "in fresh processes, against what importing torch, or transformers, alone would take", rows_of(listing)),
+    Section(
+        "Peak memory of the video VAE",
+        "Wan2.1 at full width in fp32, a process each, one run",
+        memory,
+        ("what", "ours, winograd", "ours, direct", "diffusers"),
+    ),
+    Section(
+        "Peak memory of loading",
+        "a process each, one run; Python and libraries included",
+        dit.loading_memory,
+        ("what", "file", "ours", "diffusers"),
+    ),
 )
 
 
 def main(target: Path, chosen: list[str]) -> None:
     """Write the page; with titles, as they are in lower case, measure these sections and leave the others, where the page has them."""
     torch.set_num_threads(1)
-    known = [*(title.lower() for title, *_ in SECTIONS), PEAKS]
-    if unknown := sorted(set(chosen) - set(known)):
-        raise SystemExit(f"no section {', '.join(unknown)}; there are {', '.join(known)}")
+    if unknown := sorted(set(chosen) - {section.title.lower() for section in SECTIONS}):
+        raise SystemExit(f"no section {', '.join(unknown)}; there are {', '.join(section.title.lower() for section in SECTIONS)}")
     old = target.read_text().split("\n## ") if chosen else []
     parts = [header("Benchmarks", "benchmarks", SUMMARY), machine(torch.get_num_threads())]
     with torch.no_grad():
-        for title, what, measure in SECTIONS:
-            kept = next((part for part in old if part.startswith(f"{title}\n")), None)
-            if kept and title.lower() not in chosen:
-                parts.append(f"## {kept}".rstrip("\n") + "\n")
-                continue
-            rows = []
-            for comparison in measure():
-                rows.append(comparison.row())
-                sys.stderr.write(f"{title}: {' | '.join(rows[-1])}\n")
-            parts.append(f"## {title}\n\n{what[0].upper()}{what[1:]}.\n\n{table(COLUMNS, rows)}")
-    peaks = [f"## {part.rstrip()}\n" for part in old if part.startswith("Peak memory")]
-    parts.append("\n".join(peaks) if peaks and PEAKS not in chosen else memory())
+        for section in SECTIONS:
+            kept = next((part for part in old if part.startswith(f"{section.title}\n")), None)
+            measured = kept is None or section.title.lower() in chosen
+            parts.append(section.measured() if measured else f"## {kept}".rstrip("\n") + "\n")
     target.write_text("\n".join(parts))
 
 

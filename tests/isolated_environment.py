@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["wan-vae", "wan-text", "wan-dit", "wan-train"]
-EXAMPLE = "wan-scheduler-heun"
+EXAMPLE, ENCODER = EXAMPLES = "wan-scheduler-heun", "wan-text-words"
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Environment:
 
 
 def build_wheels(folder: Path) -> dict[str, Path]:
-    """Wheels of the four packages and of the example plugin, built from the working tree into `folder`."""
-    sources = [f"{ROOT}/packages/{name}" for name in PACKAGES] + [f"{ROOT}/examples/{EXAMPLE}"]
+    """Wheels of the four packages and of the example plugins, built from the working tree into `folder`."""
+    sources = [f"{ROOT}/packages/{name}" for name in PACKAGES] + [f"{ROOT}/examples/{name}" for name in EXAMPLES]
     command = [sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w", str(folder), *sources]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

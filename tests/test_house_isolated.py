@@ -9,8 +9,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from isolated_environment import EXAMPLE, PACKAGES, Environment, build_wheels, metadata
+from isolated_environment import ENCODER, EXAMPLE, PACKAGES, ROOT, Environment, build_wheels, metadata
 from packaging.requirements import Requirement
+from safetensors import safe_open
 
 pytestmark = pytest.mark.isolated
 NEEDS = {"wan-vae": [], "wan-text": [], "wan-dit": [], "wan-train": ["wan-dit", "wan-vae"]}
@@ -121,6 +122,29 @@ def test_third_party_scheduler_comes_is_used_and_goes(together: Environment, tmp
         "wan-dit", "generate", "a red circle", "--scheduler", "heun-example", "--output", str(tmp_path / "none.mp4"), code=2
     )
     assert "no scheduler named 'heun-example'" in failed.stderr
+
+
+@pytest.mark.parametrize(("steps", "least"), [(2, 0.0), pytest.param(1500, 0.9, marks=pytest.mark.slow)])
+def test_third_party_text_encoder_is_learnt_by_the_projection_alone_and_swaps_in_by_name(
+    together: Environment, tmp_path: Path, steps: int, least: float, request: pytest.FixtureRequest
+) -> None:
+    """Another width and space: the built-in backbone obeys it, with all but its context embedder as it was."""
+    request.addfinalizer(lambda: together.uninstall(ENCODER))
+    together.install(ENCODER)
+    recipe, run = str(ROOT / "examples" / ENCODER / "recipe.toml"), tmp_path / "words"
+    short = ["objective.settings.clips=16", "objective.settings.preview_prompts=2"] if steps < 1500 else []
+    together.run("wan-train", "run", recipe, f"output={run}", f"steps={steps}", "preview_every=0", *short, timeout=3000)
+    swapped = ["--text-encoder", "words", "--context-embedder", str(run / "export" / "context_embedder.safetensors")]
+    video = tmp_path / "words.mp4"
+    together.run("wan-dit", "generate", "a red circle moves left", *swapped, "--steps", "2", "--output", str(video))
+    assert video.stat().st_size > 0
+    with safe_open(swapped[-1], "pt") as file:
+        assert file.metadata()["embedding_space"] == "words-1"
+        assert file.get_tensor("context_embedder.0.weight").shape == (128, 64)
+    if least:
+        figures = json.loads(together.run("wan-train", "evaluate", *swapped, "--json", timeout=1200).stdout)
+        print({row["prompts"]: row["all_right"] for row in figures})
+        assert figures[0]["all_right"] >= least
 
 
 def write_clip(path: str, frames: int, size: int = 64) -> None:

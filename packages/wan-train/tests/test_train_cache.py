@@ -202,3 +202,18 @@ def test_a_joint_stage_draws_stacks_and_keeps_pictures_films_and_rendered_clips(
 
 def shapes_of(shapes: Buckets, data: Folder) -> BucketOf:
     return lambda index: shapes.of(data.info(index))
+
+
+class Unknown:
+    """An encoder that nothing tells from another one of its class."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def encode(self, prompts: list[str]) -> list[torch.Tensor]:
+        return [torch.full((2, 3), self.value) for _ in prompts]
+
+
+def test_contexts_of_an_encoder_that_cannot_be_told_from_others_are_not_kept(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        assert torch.equal(Cache(tmp_path, text_encoder=Unknown(value)).context("a"), torch.full((2, 3), value))

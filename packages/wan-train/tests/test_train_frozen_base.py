@@ -324,7 +324,7 @@ def test_a_gpu_holds_what_is_planned_and_computes_the_same_bits(tmp_path: Path, 
         ({"train": "lora", "swap": 3}, "swap = 3: the backbone has 2 blocks"),
         ({"text_device": "nowhere"}, "device 'nowhere' cannot be used here"),
         ({"text_device": "cpu", "train_text_encoder": True}, "text_device is of a text encoder as it is"),
-        ({"train": "lora", "architecture": {"dim": 8}}, "of architecture take in_dim alone, got dim"),
+        ({"train": "lora", "architecture": {"in_dim": 36}}, "inputs that are added would stay zero: leave architecture out, got in_dim"),
     ],
 )
 def test_wrong_settings_are_told_in_one_line(objective_of: Make, settings: dict[str, Any], message: str) -> None:

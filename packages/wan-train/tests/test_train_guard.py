@@ -107,6 +107,13 @@ def test_a_new_stage_forgets() -> None:
     assert guard.decide(1000.0, 1000.0) is GO
 
 
+def test_rollbacks_over_the_border_of_a_stage_come_to_an_end() -> None:
+    guard = Guard(Limits(skips=0, rollbacks=2))
+    for verdict in (ROLLBACK, ROLLBACK, STOP):
+        guard.reset()  # the border, crossed once more
+        assert guard.decide(math.nan, 1.0) is verdict
+
+
 def test_signals_are_noted_and_handlers_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Signals() as signals:

@@ -19,6 +19,7 @@ from wan_dit.tasks import Continuation, ImageToVideo
 from wan_dit.tasks.conditioning import known_channels, vace_context
 from wan_dit.tasks.task import Encoders, Target
 from wan_train.config import TrainConfig
+from wan_train.data.mix import Mix
 from wan_train.data.shapes import Shapes
 from wan_train.objectives import conditioning
 from wan_train.objectives.conditioning import KNOWN, conditioning_of, known_frames, only, vace_inputs, with_input_channels
@@ -196,6 +197,15 @@ def test_a_pretrained_backbone_gets_inputs_of_weight_zero_and_computes_what_it_d
     assert load_backbone(str(tmp_path / "i2v")).spec.in_channels == 12
     with pytest.raises(ValueError, match=r"can only grow: it has 12, got 4"):
         with_input_channels(grown, 4)
+
+
+def test_previews_over_a_mix_know_frames_of_its_first_data_set(make: Make) -> None:
+    objective = make(task="mixed")
+    own = objective.preview(objective.modules, [0, 1])
+    objective.dataset = Mix({"data": objective.dataset, "stills": Shapes(frames=1, size=(16, 16), length=4)})
+    assert torch.equal(objective.preview(objective.modules, [0, 1]), own)
+    mixed = RectifiedFlow(objective.settings.model_dump(exclude={"lora"}), objective.dataset, objective.folder, "cpu", plugin_manager())
+    assert mixed.shown is objective.shown
 
 
 def test_a_run_trains_known_frames(flow_recipe: Callable[..., TrainConfig]) -> None:

@@ -31,6 +31,10 @@ class Words(torch.nn.Module):
             found.append(Tokens(tuple(ids), len(words) + 1))
         return found
 
+    def fingerprint(self) -> str:
+        """What the contexts depend on, for caches and manifests."""
+        return hashlib.sha256(f"words/1 {self.spec.embed_dim}".encode()).hexdigest()
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """One context a prompt; warns of those that are cut."""

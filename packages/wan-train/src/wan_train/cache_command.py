@@ -28,7 +28,7 @@ def add_cache(commands: Any) -> None:
     parser.add_argument("--vae", help="by name, folder or Hub id, or none (default: the recipe's, or tiny)")
     parser.add_argument("--text-encoder", help="by name, folder or Hub id, or none (default: the recipe's, or tiny)")
     parser.add_argument("--device", default="cpu", help="what the parts run on (default: cpu)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the parts (default: fp32)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the text encoder (default: as a run has it, bf16 on a GPU)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--status", action="store_true", help="make nothing: tell what is there, missing, stale and damaged")
     what.add_argument("--verify", action="store_true", help="as --status, reading all data")
@@ -46,8 +46,8 @@ def _cache(args: argparse.Namespace) -> int:
         raise ValueError("say where the cache of a folder goes: --output DIR")
     dataset = given.open()
     bucket_of = _bucket_of(args, given, dataset)
-    vae = _part("wan_vaes", args.vae or given.objective.get("vae", "tiny"), args)
-    text_encoder = _part("wan_text_encoders", args.text_encoder or given.objective.get("text_encoder", "tiny"), args)
+    vae = _part("wan_vaes", args.vae or given.objective.get("vae", "tiny"), "fp32", args.device)  # as in a run
+    text_encoder = _part("wan_text_encoders", args.text_encoder or given.objective.get("text_encoder", "tiny"), args.dtype, args.device)
     cache = Cache(folder, vae=vae, text_encoder=text_encoder)
     if args.status or args.verify or args.prune:
         return _tell(cache, dataset, bucket_of, args)
@@ -71,13 +71,13 @@ def _bucket_of(args: argparse.Namespace, given: Source, dataset: Any) -> BucketO
     return lambda index: Bucket(dataset.info(index)[0], *size)
 
 
-def _part(kind: str, name: str, args: argparse.Namespace) -> Any:
+def _part(kind: str, name: str, dtype: str | None, device: str) -> Any:
     import torch
 
     from .plugins import find
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    return None if name == "none" else find(kind, name).load(dtype=dtype, device=args.device)
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}
+    return None if name == "none" else find(kind, name).load(dtype=types[dtype], device=device)
 
 
 def _fill(cache: Cache, dataset: Any, bucket_of: BucketOf, as_json: bool) -> int:

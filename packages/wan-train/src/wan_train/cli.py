@@ -53,6 +53,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from .evaluation.generated import evaluate_model, evaluate_vae
 
     if args.vae:
+        if args.backbone or args.text_encoder or args.context_embedder or args.lora:
+            raise ValueError("--vae measures a VAE alone: leave out --backbone, --text-encoder, --context-embedder and --lora")
         show(evaluate_vae(args.vae, args.count), as_json=args.json)
         return
     setup = BackboneSetup(loras=[parse_lora(text) for text in args.lora], context_embedder=args.context_embedder)

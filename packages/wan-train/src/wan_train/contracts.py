@@ -87,7 +87,7 @@ class Objective(Protocol):
         """What to show of the clips of all indices, in order, as clips `[M, 3, T, H, W]`, and validation figures; on the first process."""
 
     def export(self, modules: dict[str, nn.Module], folder: str) -> None:
-        """Write the trained parts as folders that `from_pretrained` reads."""
+        """Write the trained parts, modules in the host's memory, as folders that `from_pretrained` reads."""
 
 
 class TrainableVAE(Protocol):

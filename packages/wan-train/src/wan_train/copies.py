@@ -23,9 +23,9 @@ class Template:
         self.module = deepcopy(module, memo).requires_grad_(False).eval()
 
     def filled(self, state: Mapping[str, Tensor]) -> Any:
-        """A module in eval mode with these numbers, which it owns."""
+        """A module in eval mode that takes these tensors, from `whole` or `on_host`, for its own."""
         module = deepcopy(self.module)
-        module.load_state_dict({name: value.detach().clone() for name, value in state.items()}, strict=True, assign=True)
+        module.load_state_dict(dict(state), strict=True, assign=True)
         return module.requires_grad_(False).eval()
 
 
@@ -37,8 +37,19 @@ def named(module: nn.Module) -> State:
 
 
 def whole(state: Mapping[str, Tensor]) -> State:
-    """The same with every sharded tensor gathered; all processes have to call it."""
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+    """Copies of the tensors, sharded ones gathered; all processes have to call it."""
+    return {name: value.full_tensor().detach() if isinstance(value, DTensor) else value.detach().clone() for name, value in state.items()}
+
+
+def on_host(state: Mapping[str, Tensor], kept: bool) -> State:
+    """As `whole`, in the host's memory, one tensor after another, where it is `kept`; nothing elsewhere. All processes have to call it."""
+    found = {}
+    for name, value in state.items():
+        sharded = isinstance(value, DTensor)
+        gathered = value.full_tensor() if isinstance(value, DTensor) else value
+        if kept:
+            found[name] = gathered.detach().to("cpu", copy=not sharded)
+    return found
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -26,12 +26,15 @@ class Optimiser:
         self.config, self.steps = config, steps
         self.plateau = Plateau(config.plateau) if config.plateau else None
         self.params = [param for group in groups for param in group["params"]]
-        chosen = [param for group in groups if group.get("muon") and config.name == "muon" for param in group["params"]]
+        muon = [group for group in groups if group.get("muon") and "scale" not in group and config.name == "muon"]
+        chosen = [param for group in muon for param in group["params"]]
         if any(isinstance(param, DTensor) for param in chosen):
             raise ValueError("optimiser muon takes whole matrices, and parallel.fsdp splits them: use adamw, or fsdp 1")
         if config.name == "adamw8bit" and any(isinstance(param, DTensor) for param in self.params):
             raise ValueError("optimiser adamw8bit packs the moments of whole weights, and parallel.fsdp splits them: use adamw, or fsdp 1")
         ids = {id(param) for param in chosen}
+        for param in chosen:  # a VAE on a GPU has its filters channels last, which has no view as a matrix
+            param.data = param.data.contiguous()
         self.matrices = [(param, param.detach().view(len(param), -1)) for param in chosen]  # each shares its memory with the parameter
         self.parts: list[tuple[torch.optim.Optimizer, float]] = []
         if rest := _adamw_groups(groups, ids):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from wan_dit._shared.weights import usable_device
 
 from .config import PartConfig, TrainConfig
-from .copies import State, Template, named, whole
+from .copies import State, Template, named, on_host, whole
 from .curriculum import Curriculum
 from .data.buckets import GRID
 from .data.mix import Mix
@@ -108,15 +108,21 @@ class Trainer:
                     if code:
                         raise SystemExit(code)
         if self.step == config.steps:
-            modules = self.averaged()
-            if self.layout.is_main:
-                self.objective.export(modules, str(config.output / "export"))
+            self._export()
         self.layout.barrier()
         return config.output / "export"
 
     def averaged(self) -> dict[str, Any]:
         """Whole copies of the modules with the averaged weights, and of frozen ones that are split; all processes have to ask for them."""
         return self._copies(self._averages())
+
+    def _export(self) -> None:
+        """Write the trained parts, on the first process; a GPU never holds more than its share and one whole tensor."""
+        main, trained = self.layout.is_main, self.objective.modules
+        states = {name: on_host(self.ema.state[name], main) for name in trained}
+        if main:
+            modules = {name: self.templates[name].filled(state) for name, state in states.items()}
+            self.objective.export(modules, str(self.config.output / "export"))
 
     def _averages(self) -> dict[str, State]:
         """The whole tensors of these modules; all processes have to ask for them."""

@@ -53,13 +53,16 @@ class Cache:
     def __init__(self, folder: str | Path, *, vae: Any = None, text_encoder: Any = None) -> None:
         self.files, self.vae, self.text_encoder = TensorFiles(Path(folder)), vae, text_encoder
         self._parts = {"vae": _identity(vae), "text_encoder": _identity(text_encoder)}
+        self._known = text_encoder is None or hasattr(text_encoder, "fingerprint") or bool(getattr(text_encoder, "state_dict", dict)())
 
     def latents(self, dataset: Any, index: int, bucket: Bucket) -> Tensor:
         """The latents of a sample in a bucket, on the CPU."""
         return self._get(self.latent_facts(dataset, index, bucket), lambda: encode_clip(self.vae, dataset.clip(index, bucket)))
 
     def context(self, prompt: str) -> Tensor:
-        """The embedding of a prompt, on the CPU."""
+        """The embedding of a prompt, on the CPU; not kept where nothing tells the encoder from another one."""
+        if not self._known:
+            return encode_prompt(self.text_encoder, prompt)
         return self._get(self.context_facts(prompt), lambda: encode_prompt(self.text_encoder, prompt))
 
     def latent_facts(self, dataset: Any, index: int, bucket: Bucket) -> Facts:
@@ -186,9 +189,10 @@ def _identity(part: Any) -> str | None:
     """What decides what a part makes: weights, config, type; None where there is no part."""
     if part is None:
         return None
-    state = part.state_dict() if hasattr(part, "state_dict") else {}  # a text encoder need not be a module
+    state = part.state_dict() if hasattr(part, "state_dict") else {}
     weights = part.fingerprint() if hasattr(part, "fingerprint") else fingerprint(state)
     dtype = getattr(part, "dtype", None) or next(iter(state.values()), torch.empty(0)).dtype
-    kind = f"{type(part).__module__}.{type(part).__qualname__}"
+    spec, kind = getattr(part, "spec", None), f"{type(part).__module__}.{type(part).__qualname__}"
+    kind += "".join(f" {getattr(spec, name, '')}" for name in ("embedding_space", "embed_dim", "max_tokens"))
     text = f"{kind} {weights} {getattr(part, 'config', '')} {getattr(part, 'cleaner', '')} {dtype}"
     return hashlib.sha256(text.encode()).hexdigest()

@@ -25,7 +25,7 @@ MARGIN = 1.5  # side of a still over the side of the clip
 class Natural:
     """Clips by index without captions; satisfies `wan_train.contracts.Dataset`.
 
-    `length` is what an epoch counts; items beyond it exist too, and are never trained on. calm: share of clips without noise and flicker
+    `length` is what an epoch counts; items beyond it exist too, and are never trained on.
     """
 
     def __init__(self, seed: int = 0, frames: int = 17, size: Sequence[int] = (64, 64), length: int = 100_000) -> None:

@@ -22,6 +22,7 @@ from wan_dit.guidance import guided_velocity
 
 from ..config import read_settings
 from ..data.cache import Cache
+from ..data.mix import Mix
 from ..parts import check_clips, fresh
 from ..plugins import find
 from .adapters import LoraSettings, TrainedLora
@@ -105,6 +106,7 @@ class RectifiedFlow:
         self.settings = s = read_settings(FlowSettings, settings, "objective.settings")
         _check(s)
         self.dataset, self.folder, self.device = dataset, folder, device
+        self.shown: Any = dataset.datasets[0] if isinstance(dataset, Mix) else dataset  # what previews are of
         names = {"backbone": s.backbone, "vae": s.vae, "text_encoder": s.text_encoder}
         specs = {kind: find(f"wan_{kind}s", name, pm) for kind, name in names.items()}
         if not s.architecture and not s.text_architecture and s.train != "context_embedder":
@@ -174,7 +176,7 @@ class RectifiedFlow:
         sigma = torch.cat([self.sigmas(1, draw(sample, "sigma"), shift) for sample in samples])
         prompts = [self._prompt(sample, draw(sample, "prompt")) for sample in samples]
         context = None if self.settings.train_text_encoder else [self._context(prompt) for prompt in prompts]
-        known = self._conditioning(samples, [draw(sample, "task") for sample in samples], *bucket)
+        known = self._conditioning(self.dataset, samples, [draw(sample, "task") for sample in samples], *bucket)
         return FlowBatch(clean, noise, sigma, prompts, context, known)
 
     @torch.no_grad()
@@ -187,13 +189,15 @@ class RectifiedFlow:
         return self.latents[list(samples)]
 
     @torch.no_grad()
-    def _conditioning(self, samples: Sequence[int], generators: Sequence[torch.Generator], *bucket: Bucket) -> Conditioning | None:
-        """Known frames of clips of the data set, drawn for each."""
+    def _conditioning(
+        self, dataset: Any, samples: Sequence[int], generators: Sequence[torch.Generator], *bucket: Bucket
+    ) -> Conditioning | None:
+        """Known frames of clips of a data set, drawn for each."""
         task = self.settings.task
         if task == "t2v":
             return None
         stride = self.backbone.spec.stride
-        clips: Any = [self.dataset.clip(sample, *bucket) for sample in samples] if bucket else self.dataset.video(samples)
+        clips: Any = [dataset.clip(sample, *bucket) for sample in samples] if bucket else dataset.video(samples)
         pairs = zip(clips, generators, strict=True)
         return joined([conditioning_of(task, clip, stride, self._encode, generator) for clip, generator in pairs])
 
@@ -230,13 +234,14 @@ class RectifiedFlow:
     def preview(self, modules: dict[str, nn.Module], indices: Sequence[int]) -> Tensor:
         """Clips of prompts that are kept for previews; one at a time, so that each has the same bits in any company."""
         text_encoder: Any = modules.get("text_encoder", self.text_encoder)
+        encode = (lambda prompt: text_encoder.encode([prompt])[0]) if self.settings.train_text_encoder else self._context
         prompts = self._preview_prompts()
         clips = []
         with self.trained.inserted(modules) as backbone:
-            negative = backbone.encode_context(text_encoder.encode([""]))
+            negative = backbone.encode_context([encode("").to(self.device)])
             for index in indices:
-                context, held_out = backbone.encode_context(text_encoder.encode([prompts[index]])), len(self.dataset) + index
-                given = self._conditioning([held_out], [torch.Generator().manual_seed(held_out)])
+                context, held_out = backbone.encode_context([encode(prompts[index]).to(self.device)]), len(self.shown) + index
+                given = self._conditioning(self.shown, [held_out], [torch.Generator().manual_seed(held_out)])
                 clips.append(self.sample(backbone, context, negative, index, given))
         return torch.cat(clips)
 
@@ -249,7 +254,7 @@ class RectifiedFlow:
         """The data set's evaluation prompts; where frames are known, captions of the held-out clips that they are of."""
         if self.settings.task == "t2v":
             return self.dataset.evaluation_prompts(self.previews)
-        return [self.dataset.captions(len(self.dataset) + index)[0] for index in range(self.previews)]
+        return [self.shown.captions(len(self.shown) + index)[0] for index in range(self.previews)]
 
     def sample(self, backbone: Any, context: Any, negative: Any, seed: int, conditioning: Conditioning | None = None) -> Tensor:
         """A clip `[1, 3, T, H, W]` of the context of a prompt, and of the empty one; all that is random in it is drawn from `seed`."""
@@ -276,8 +281,11 @@ def _check(s: FlowSettings) -> None:
         raise ValueError("tokenizer and text_architecture are of a text encoder trained from random weights: set train_text_encoder")
     if s.train != "all" and s.init != "pretrained":
         raise ValueError(f"train = '{s.train}' leaves the other weights as they are: it needs init = 'pretrained', got '{s.init}'")
-    if s.train != "all" and (changed := sorted(s.architecture.keys() - {"in_dim"})):
-        raise ValueError(f"train = '{s.train}' leaves the backbone as it is: of architecture take in_dim alone, got {', '.join(changed)}")
+    if s.train != "all" and s.architecture:
+        raise ValueError(
+            f"train = '{s.train}' leaves the backbone as it is, and inputs that are added would stay zero: leave architecture out, got "
+            f"{', '.join(sorted(s.architecture))}"
+        )
     if s.train == "all" and (s.base != "fp32" or s.swap):
         raise ValueError("base and swap are of a backbone that stays as it is: use them with train = 'lora' or 'context_embedder'")
     if s.text_device and s.train_text_encoder:
@@ -287,12 +295,11 @@ def _check(s: FlowSettings) -> None:
 
 
 def _backbone(spec: Any, s: FlowSettings, device: str) -> Any:
-    widened = s.init == "pretrained" and set(s.architecture) == {"in_dim"}
-    if s.train == "all":
-        backbone = fresh(spec, s.init, {} if widened else s.architecture, device)
-    else:
-        backbone = load_base(spec, s.base, s.swap, device, s.train)
-    return with_input_channels(backbone, s.architecture["in_dim"]) if widened else backbone
+    if s.train != "all":
+        return load_base(spec, s.base, s.swap, device, s.train)
+    if s.init == "pretrained" and set(s.architecture) == {"in_dim"}:
+        return with_input_channels(fresh(spec, s.init, {}, device), s.architecture["in_dim"])
+    return fresh(spec, s.init, s.architecture, device)
 
 
 def _trained(backbone: Any, s: FlowSettings, text_encoder: Any) -> Trained:

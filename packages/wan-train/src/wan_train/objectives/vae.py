@@ -201,7 +201,7 @@ class VAEObjective:
         return self.dataset.video([len(self.dataset) + index for index in indices])
 
     def export(self, modules: dict[str, nn.Module], folder: str) -> None:
-        vae: Any = modules["vae"]
+        vae: Any = modules["vae"].to(self.device)
         indices = range(0, self.samples, max(1, self.samples // self.settings.statistics))  # all data sets of a mix have their share
         vae.fit_normaliser(self.dataset.video([index]).to(self.device) for index in indices)
         vae.half().save_pretrained(Path(folder) / "vae")

@@ -78,8 +78,8 @@ class Guard:
         return Verdict.ROLLBACK if self._rollbacks < self.limits.rollbacks else Verdict.STOP
 
     def reset(self) -> None:
-        """Forget the history: for a stage with another loss."""
-        self._bad = self._rollbacks = self._good = 0
+        """Forget the history: for a stage with another loss. Rollbacks count on, since one may cross the border of a stage again."""
+        self._bad = self._good = 0
         self._losses.clear()
         self._norms.clear()
 

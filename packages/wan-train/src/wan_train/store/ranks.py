@@ -33,10 +33,14 @@ class Ranks:
 
     def to_first(self, value: T) -> list[T] | None:
         """The values of all processes, by rank, on rank 0, and None on the others: for what is large."""
-        if self.group is None:
-            return [value]
-        values = [value] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, dst=0, group=self.group)
+        if self.rank:
+            dist.send_object_list([value], dst=0, group=self.group)
+            return None
+        values = [value]
+        for source in range(1, self.size):  # one after another: a collective pads all to the largest
+            given: list[T] = [value]
+            dist.recv_object_list(given, src=source, group=self.group)
+            values += given
         return values
 
     def first(self, value: T) -> T:
