@@ -29,7 +29,7 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 CONSTRAINTS = ROOT / "constraints.txt"
 BUILD = ["hatchling", "editables"]
 REFERENCES = ["diffusers", "accelerate", "transformers", "scikit-image", "scikit-video"]
-TEST = ["pytest", "pytest-xdist", "hypothesis", "build", "gguf", "torchao", *REFERENCES]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "build", "gguf", "torchao"]
 LINT = ["ruff"]
 TYPES = ["mypy", "types-tqdm"]
 DOCS = ["mkdocs-material", "mkdocstrings-python", "ruff"]  # ruff formats signatures
@@ -46,7 +46,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tiny models are slower on more, above a
 @nox.session(venv_backend="none")
 def dev(session: nox.Session) -> None:
     """Make .venv with the four packages, editable, and everything to test, lint and type-check them."""
-    environment(session, *TEST, *LINT, *TYPES)
+    environment(session, *TEST, *REFERENCES, *LINT, *TYPES)
     session.log(f"activate it: {'.venv/Scripts/activate' if os.name == 'nt' else 'source .venv/bin/activate'}")
 
 
@@ -98,7 +98,7 @@ def docs(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Measure against diffusers and transformers, and write docs/benchmarks.md and docs/parity.md; `-- parity` does one."""
-    environment(session, *TEST)
+    environment(session, *TEST, *REFERENCES)
     for script in session.posargs or ["parity", "benchmarks"]:
         session.run(str(BIN / "python"), f"bench/{script}.py", f"docs/{script}.md", env=ONE_THREAD, external=True)
 
@@ -134,7 +134,7 @@ def shared(session: nox.Session) -> None:
 
 
 def pytest(session: nox.Session, *arguments: str) -> None:
-    environment(session, *TEST)
+    environment(session, *TEST, *REFERENCES)
     session.run(
         str(BIN / "python"), "-m", "pytest", "-n", "2", "--dist", "loadfile", *arguments, *session.posargs, env=ONE_THREAD, external=True
     )  # fmt: skip

@@ -86,8 +86,8 @@ def test_overview_names_every_command(parsers: dict[str, argparse.ArgumentParser
 def test_page_of_the_trainer_names_the_recipes_there_are() -> None:
     page = (ROOT / "packages" / "wan-train" / "README.md").read_text()
     recipes = {path.stem for path in (ROOT / "packages/wan-train/src/wan_train/recipes").glob("*.toml")}
-    assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)) == recipes
-    assert set(re.findall(r"wan-train run ([\w-]+)", page)) <= recipes
+    assert set(re.findall(r"^\| `([\w.-]+)` \|", page, re.MULTILINE)) == recipes
+    assert set(re.findall(r"wan-train run ([\w.-]+)", page)) <= recipes
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)

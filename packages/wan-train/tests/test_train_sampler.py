@@ -237,8 +237,9 @@ def test_a_mix_is_its_data_sets_in_turn() -> None:
     assert len(mix) == 16
     assert [mix.captions(i)[0] for i in (0, 9, 10, 15)] == ["10: 0", "10: 9", "6: 0", "6: 5"]
     assert mix.identity(10) == "rows 6 0"  # whatever the mix
+    assert [mix.captions(i)[0] for i in (16, 17, 18)] == ["10: 10", "6: 6", "10: 11"], "those that are never trained on, in turn"
     with pytest.raises(IndexError, match="16"):
-        mix.captions(16)
+        mix.captions(-1)
 
 
 def test_weights_of_a_mix_multiply_by_source_and_kind() -> None:

@@ -82,7 +82,10 @@ class BlockSwap:
     def _move(self, i: int) -> None:
         coming, self._coming = self._coming, None
         self._loader.leave(self._here)
-        if coming is None or coming[0] != i:
+        if coming is not None and coming[0] != i:  # a wrong guess goes before the right piece is sent for
+            coming[1].result()
+            coming = None
+        if coming is None:
             coming = i, self._loader.load(self._sequence[i])
         self._here = coming[1].result()  # what was here goes before the next one is sent for: there are never three
         following = i + 1 if i > self._at else i - 1

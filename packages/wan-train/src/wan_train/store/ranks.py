@@ -33,6 +33,7 @@ class Ranks:
 
     def to_first(self, value: T) -> list[T] | None:
         """The values of all processes, by rank, on rank 0, and None on the others: for what is large."""
+        self.gather(None)  # all meet first, which has a time limit; a transfer between two has none
         if self.rank:
             dist.send_object_list([value], dst=0, group=self.group)
             return None
