@@ -48,7 +48,7 @@ def clouds(rng: np.random.Generator, size: int) -> Picture:
     fields = fractal(rng, size, rng.uniform(0.9, 1.9), 3)
     first, second, third = palette(rng, 3)
     contrast = rng.uniform(0.05, 0.3)
-    tints = fields[..., 1:2] * (second - _LUMA) + fields[..., 2:] * (third - _LUMA)
+    tints = fields[..., 1:2] * (second - second @ _LUMA) + fields[..., 2:] * (third - third @ _LUMA)  # of no brightness
     picture = first + contrast * fields[..., :1] + rng.uniform(0, 0.12) * tints
     return np.clip(picture, 0, 1)
 
