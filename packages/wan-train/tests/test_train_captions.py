@@ -102,3 +102,15 @@ def test_evaluation_prompts_are_fixed_spread_and_half_with_background(unseen):
     assert sum(want["background"] is not None for want in wanted) == 50
     counts = Counter(triples).values()
     assert (len(counts), max(counts)) == ((24, 5) if unseen else (96, 2))
+
+
+def test_captions_of_single_frames_name_all_but_the_motion() -> None:
+    pictures = Shapes(frames=1)
+    for index in range(40):
+        (scene,), texts = pictures.scenes([index]), pictures.captions(index)
+        for text in texts:
+            words = set(text.lower().replace(",", "").rstrip(".").split())
+            assert {scene.colour, scene.shape} <= words
+            assert not words & {*WORDS["motions"], "moves", "moving", "goes", "still", "stays", "stands"}
+            assert unknown_words(text) == []
+        assert all(parse(text)["motion"] == scene.motion for text in Shapes().captions(index)), "and those of clips name it"

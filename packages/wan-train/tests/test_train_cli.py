@@ -63,6 +63,24 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(arguments: list[str], mess
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vae", "tiny", "--backbone", "tiny"], "--vae measures a VAE alone: leave out --backbone"),
+        (["--context-embedder", "missing.safetensors"], "missing.safetensors"),
+        (["--lora", "missing.safetensors"], "missing.safetensors"),
+        (["--text-encoder", "umt5-xxl"], "its embedding_space is umt5-xxl"),
+        (["--backbone", "wan2.1-t2v-1.3b"], "latent_space"),
+    ],
+)
+def test_what_is_wrong_with_the_parts_to_evaluate_is_one_line(arguments: list[str], message: str, capsys: Captured) -> None:
+    assert main(["evaluate", "--count", "2", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
 def test_debug_shows_the_traceback(capsys: Captured) -> None:
     assert main(["run", "tiny-vea", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err

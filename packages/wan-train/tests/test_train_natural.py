@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from wan_train.data.buckets import Bucket
 from wan_train.data.mix import Mix
-from wan_train.data.natural import Natural
+from wan_train.data.natural import Natural, _motion
+from wan_train.data.scenes import generator
 from wan_train.data.shapes import Shapes
 from wan_train.plugins import find
 
@@ -55,6 +56,13 @@ def test_most_clips_move_and_next_frames_are_alike(clips: Tensor) -> None:
     spread = clips.flatten(1).var(1)
     assert (change > 1e-5).float().mean() > 0.6
     assert (change < spread).float().mean() > 0.9
+
+
+def test_a_camera_goes_as_many_pixels_a_frame_as_it_is_told() -> None:
+    paths = torch.stack([_motion(generator(0, index, 99), 17, 2.0) for index in range(400)])
+    speed = (paths[:, -1] - paths[:, 0]) / 16
+    assert speed[:, :2].std(0).tolist() == pytest.approx([2.0, 2.0], rel=0.15)
+    assert not _motion(generator(0, 1, 99), 1, 2.0)[:, :2].abs().gt(1).any(), "a picture is seen from the middle"
 
 
 def test_what_is_wrong_is_said() -> None:

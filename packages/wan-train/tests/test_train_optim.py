@@ -193,3 +193,11 @@ def test_a_plateau_multiplies_the_schedule() -> None:
     optimiser.plateau.see({"val": 1.0})
     optimiser.plateau.see({"val": 1.0})
     assert optimiser.rate(3) == before * 0.5
+
+
+def test_a_group_with_a_rate_of_its_own_is_not_muons_too() -> None:
+    own, other = weight(4, 4), weight(4, 4, seed=1)
+    optimiser = Optimiser(config(), [{"params": [other], "muon": True}, {"params": [own], "muon": True, "scale": 0.5}], 10)
+    held = [param for part, _ in optimiser.parts for group in part.param_groups for param in group["params"]]
+    assert [param.data_ptr() for param in held].count(own.data_ptr()) == 1
+    assert [param for param, _ in optimiser.matrices] == [other]
