@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 from caching_tasks import cache_task, kernel_task
 from documentation import ROOT, blocks
 from parallel_tasks import agree_task, attention_task, checkpoint_task, guidance_task, model_task, run
+from process_group import grouped
 from wan_dit import Pipeline
 from wan_dit.testing import difference
 
@@ -27,26 +27,8 @@ Group = Callable[..., list[Any]]
 def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Group:
     """`group(size, task, *arguments)`: the answers of so many processes to a task, by rank."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "wan_dit.parallel", "wan_dit.testing"])
-
-    def start(size: int, task: Callable[..., Any], *given: Any) -> list[Any]:
-        out = context.Queue()
-        arguments = [(task, rank, size, str(tmp_path / "store"), given, out) for rank in range(size)]
-        processes = [context.Process(target=run, args=each) for each in arguments]
-        for process in processes:
-            process.start()
-        try:
-            answers = [answer for _, answer in sorted((out.get(timeout=SECONDS) for _ in processes), key=lambda given: given[0])]
-        finally:
-            for process in processes:
-                process.join(timeout=10)
-                if process.is_alive():
-                    process.kill()
-        assert not (failed := [answer for answer in answers if isinstance(answer, str)]), "\n".join(failed)
-        return answers
-
-    return start
+    preload = ["torch", "torch.distributed", "wan_dit.parallel", "wan_dit.testing"]
+    return grouped(run, str(tmp_path / "store"), preload, SECONDS)
 
 
 @pytest.mark.parametrize(("size", "kinds"), [(2, ["ulysses", "ring"]), (4, ["ulysses", "ring", "plain ring", "2d"])])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from process_group import grouped
 from wan_dit.config import DiTConfig
 from wan_dit.model import WanDiT
 from wan_train.config import TrainConfig
@@ -107,26 +107,8 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Group:
     from layout_tasks import run
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "wan_train.trainer"])
-
-    def start(size: int, task: Callable[..., Any], *given: Any) -> list[Any]:
-        out = context.Queue()
-        arguments = [(task, rank, size, str(tmp_path / "store"), given, out) for rank in range(size)]
-        processes = [context.Process(target=run, args=each) for each in arguments]
-        for process in processes:
-            process.start()
-        try:
-            answers = [answer for _, answer in sorted((out.get(timeout=SECONDS) for _ in processes), key=lambda given: given[0])]
-        finally:
-            for process in processes:
-                process.join(timeout=10)
-                if process.is_alive():
-                    process.kill()
-        assert not (failed := [answer for answer in answers if isinstance(answer, str)]), "\n".join(failed)
-        return answers
-
-    return start
+    preload = ["torch", "torch.distributed", "torch._dynamo", "wan_train.trainer"]
+    return grouped(run, str(tmp_path / "store"), preload, SECONDS)
 
 
 @pytest.fixture

@@ -139,4 +139,5 @@ def test_the_command_ends_where_a_preview_fails(vae_toml: Path, flow_toml: Path,
     )  # fmt: skip
     assert done.returncode
     lines = [line for line in done.stderr.splitlines() if line.startswith("wan-train: error: ")]
-    assert lines == 2 * ["wan-train: error: the preview failed on process 0: ValueError: no eyes to see with"]
+    told = {"wan-train: error: the preview failed on process 0: ValueError: no eyes to see with"}
+    assert set(lines) == told, "of both, or of the one that ended first: torchrun ends the other"

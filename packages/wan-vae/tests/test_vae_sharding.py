@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from process_group import in_processes
 from sharded import chunked, make, rows, work
 from wan_vae.config import TINY, VAEConfig
 from wan_vae.testing import difference
@@ -22,19 +22,8 @@ SECONDS = 60
 
 def run(task: Callable[..., None], size: int, tmp_path: Path, *given: Any) -> list[tuple[Any, ...]]:
     """What `size` processes answered, by rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
-    out = context.Queue()
-    processes = [context.Process(target=task, args=(rank, size, str(tmp_path / "store"), *given, out)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    try:
-        return sorted(out.get(timeout=SECONDS) for _ in processes)
-    finally:
-        for process in processes:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
+    arguments = [(rank, size, str(tmp_path / "store"), *given) for rank in range(size)]
+    return in_processes(task, arguments, ["torch", "torch.distributed"], SECONDS)
 
 
 @pytest.fixture(autouse=True)
