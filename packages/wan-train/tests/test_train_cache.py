@@ -217,3 +217,20 @@ class Unknown:
 def test_contexts_of_an_encoder_that_cannot_be_told_from_others_are_not_kept(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         assert torch.equal(Cache(tmp_path, text_encoder=Unknown(value)).context("a"), torch.full((2, 3), value))
+
+
+class Plain:
+    """A data set of one shape, without `clip`."""
+
+    def video(self, indices: list[int]) -> torch.Tensor:
+        return torch.zeros(len(indices), 3, 1, 16, 16) + indices[0] / 10
+
+    def key(self) -> str:
+        return "plain"
+
+
+def test_latents_of_a_data_set_of_one_shape_are_those_of_its_clips(tmp_path: Path, vae: WanVAE) -> None:
+    cache = Cache(tmp_path, vae=vae)
+    assert torch.equal(cache.latents(Plain(), 3, Bucket(1, 16, 16)), vae.encode(Plain().video([3]))[0])
+    with pytest.raises(ValueError, match="'Plain' has clips of 1x16x16 alone, got 5x16x16"):
+        cache.latents(Plain(), 3, Bucket(5, 16, 16))

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from wan_train.cli import main
 from wan_train.data.shapes import Shapes
+from wan_train.data.tensor_files import TensorFiles
 from wan_train.objectives.flow import RectifiedFlow
 from wan_train.plugins import find, plugin_manager
 from wan_train.randomness import generator
@@ -200,22 +201,37 @@ def test_a_frozen_text_encoder_stays_and_encodes_each_prompt_once(make: Make) ->
 
 
 def cached(folder: Path) -> dict[str, tuple[int, int]]:
-    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in (folder / "cache").iterdir()}
+    """The files of the latents, and what tells whether they were written again."""
+    files = TensorFiles(folder / "cache")
+    paths = {key: files.path(key) for key in files.keys() if files.facts(key)["kind"] == "latents"}  # noqa: SIM118
+    return {key: (path.stat().st_ino, path.stat().st_mtime_ns) for key, path in paths.items()}
 
 
 def test_latents_are_encoded_once_and_read_back(make: Make, tmp_path: Path) -> None:
     objective = prepared(make(clips=3))
     files = cached(tmp_path)
-    assert len(files) == 1
+    assert len(files) == 3
     encoded = torch.cat([objective.vae.encode(objective.dataset.video([i])) for i in range(3)])
     assert torch.equal(objective.latents, encoded)
-    assert torch.equal(load_file(tmp_path / "cache" / next(iter(files)))["latents"], encoded)
     again = prepared(make(clips=3))
     assert torch.equal(again.latents, encoded)
-    assert cached(tmp_path) == files  # neither rewritten nor joined by another
+    assert torch.equal(prepared(make(clips=2)).latents, encoded[:2])
+    assert cached(tmp_path) == files  # neither rewritten nor joined by others
 
 
-@pytest.mark.parametrize("change", ["weights", "normaliser", "data", "count"])
+def test_a_run_reads_what_the_command_has_encoded(make: Make, tmp_path: Path, micro_vae: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        f'name = "x"\noutput = "{tmp_path}"\nsteps = 1\nbatch_size = 1\n[objective]\nname = "rectified-flow"\n'
+        f'settings.vae = "{micro_vae}"\n[data]\nname = "shapes"\nsettings = {{frames = 5, size = [16, 16], length = 4}}\n'
+    )
+    assert main(["cache", str(tmp_path / "recipe.toml"), "--text-encoder", "none"]) == 0
+    files = cached(tmp_path)
+    assert len(files) == 4
+    prepared(make(clips=3))
+    assert cached(tmp_path) == files
+
+
+@pytest.mark.parametrize("change", ["weights", "normaliser", "data"])
 def test_a_cache_is_of_one_vae_and_one_data_set(make: Make, tmp_path: Path, micro_vae: Path, change: str) -> None:
     prepared(make())
     files = cached(tmp_path)
@@ -225,9 +241,9 @@ def test_a_cache_is_of_one_vae_and_one_data_set(make: Make, tmp_path: Path, micr
     if change == "normaliser":
         vae.config = vae.config.model_copy(update={"latents_std": (0.25,) * 4})
     vae.save_pretrained(tmp_path / "other")
-    data, settings = {"data": {"seed": 1}} if change == "data" else {}, {"clips": 2} if change == "count" else {}
-    other = prepared(make(**data, **settings, vae=str(tmp_path / "other")))
-    assert len(cached(tmp_path)) == 2
+    data = {"data": {"seed": 1}} if change == "data" else {}
+    other = prepared(make(**data, vae=str(tmp_path / "other")))
+    assert len(cached(tmp_path)) == 2 * len(files)
     assert files.items() < cached(tmp_path).items()
     assert torch.equal(other.latents, torch.cat([other.vae.encode(other.dataset.video([i])) for i in range(len(other.latents))]))
 

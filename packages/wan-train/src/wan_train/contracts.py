@@ -24,7 +24,7 @@ class Dataset(Protocol):
         """Frames, size and rate of a clip, for recipes with stages."""
 
     def clip(self, index: int, bucket: Bucket) -> Tensor:
-        """A clip `[3, T, H, W]` in the shape of a bucket, for recipes with stages."""
+        """A clip `[3, T, H, W]` in the shape of a bucket, for recipes with stages; in its own shape it is that of `video`."""
 
     def captions(self, index: int) -> list[str]:
         """The captions of a clip, paraphrases of each other."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from wan_dit._shared.weights import fingerprint
 
 from .buckets import Bucket
-from .mix import identity
+from .mix import clip_of, identity
 from .tensor_files import Facts, TensorFiles, key_of
 
 BucketOf = Callable[[int], Bucket]
@@ -57,7 +57,7 @@ class Cache:
 
     def latents(self, dataset: Any, index: int, bucket: Bucket) -> Tensor:
         """The latents of a sample in a bucket, on the CPU."""
-        return self._get(self.latent_facts(dataset, index, bucket), lambda: encode_clip(self.vae, dataset.clip(index, bucket)))
+        return self._get(self.latent_facts(dataset, index, bucket), lambda: encode_clip(self.vae, clip_of(dataset, index, bucket)))
 
     def context(self, prompt: str) -> Tensor:
         """The embedding of a prompt, on the CPU; not kept where nothing tells the encoder from another one."""

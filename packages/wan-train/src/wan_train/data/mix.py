@@ -60,9 +60,7 @@ class Mix:
 
     def clip(self, index: int, bucket: Bucket) -> Tensor:
         """`[3, T, H, W]` in [-1, 1]."""
-        dataset, own = self._own(index)
-        clip: Tensor = dataset.clip(own, bucket)
-        return clip
+        return clip_of(*self._own(index), bucket)
 
     def video(self, indices: Sequence[int]) -> Tensor:
         """Clips `[N, 3, T, H, W]` of one size."""
@@ -128,3 +126,15 @@ def identity(dataset: Any, index: int) -> str:
     if hasattr(dataset, "identity"):
         return str(dataset.identity(index))
     return f"{dataset.key()} {index}"
+
+
+def clip_of(dataset: Any, index: int, bucket: Bucket) -> Tensor:
+    """A clip `[3, T, H, W]` in the shape of a bucket; a data set without `clip` has its own shape alone. ValueError for another one."""
+    if hasattr(dataset, "clip"):
+        made: Tensor = dataset.clip(index, bucket)
+        return made
+    clip: Tensor = dataset.video([index])[0]
+    if tuple(clip.shape[1:]) != tuple(bucket):
+        own = "x".join(map(str, clip.shape[1:]))
+        raise ValueError(f"data set '{type(dataset).__name__}' has clips of {own} alone, got {bucket}: give it a method `clip`")
+    return clip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from wan_dit._shared.files import replacing
-from wan_dit._shared.weights import fingerprint, usable_device
+from wan_dit._shared.weights import usable_device
 from wan_dit.compat import check
 from wan_dit.contracts import Conditioning
 from wan_dit.guidance import guided_velocity
 
 from ..config import read_settings
+from ..data.buckets import Bucket
 from ..data.cache import Cache
 from ..data.mix import Mix
 from ..parts import check_clips, fresh
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     import pluggy
 
     from ..contracts import Dataset, Draw
-    from ..data.buckets import Bucket
 
 
 CONTEXTS = 256  # prompts whose context is held in memory: 4 MB each at most of umT5-XXL in fp16
@@ -147,21 +144,12 @@ class RectifiedFlow:
         return [*groups, {**last, "params": last["params"] + text}]
 
     def prepare(self) -> None:
-        """Encode the clips once; the cache is keyed by the VAE's weights and config (the normaliser) and by the data set."""
+        """Encode the clips once, where that is asked for, or read what a run or `wan-train cache` has encoded before."""
         if not self.settings.precache:
             return
-        count = self.samples
-        vae = f"{fingerprint(self.vae.state_dict())} {getattr(self.vae, 'config', '')}"
-        key = hashlib.sha256(f"{vae} {self.dataset.key()} {count}".encode()).hexdigest()[:16]
-        path = self.folder / "cache" / f"latents-{key}.safetensors"
-        if not path.exists():
-            with torch.no_grad():
-                latents = [
-                    self.vae.encode(self.dataset.video([i]).to(self.device)).cpu() for i in tqdm(range(count), desc="latents", disable=None)
-                ]
-            with replacing(path) as scratch:
-                save_file({"latents": torch.cat(latents)}, scratch)
-        self.latents = load_file(path)["latents"]
+        bucket = Bucket(*self.dataset.video([0]).shape[2:])
+        clips = tqdm(range(self.samples), desc="latents", disable=None)
+        self.latents = torch.stack([self.cache.latents(self.dataset, index, bucket) for index in clips])
 
     @property
     def samples(self) -> int:
