@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ until = 9
 video = [16, 24]
 image = [24, 24]
 frames = [5, 9]
+samples = 2
 """
 
 
@@ -77,6 +79,15 @@ def recipe(tmp_path: Path) -> Callable[..., TrainConfig]:
 def log(config: TrainConfig) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (config.output / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_shapes_take_turns_where_a_micro_batch_could_hold_many_steps(recipe: Callable[..., TrainConfig]) -> None:
+    mix = Mix({"data": Shapes(frames=1, size=(16, 16), length=400), "films": Shapes(frames=9, size=(16, 16), length=240)})
+    curriculum = Curriculum(recipe('stages=[{name="a", until=9, video=[16,16], frames=[9]}]'), mix, len(mix), GRID)
+    shapes = [micro.bucket for _ in range(160) for micro in curriculum.take(4)[:1]]
+    longest = max(sum(1 for _ in same) for _, same in groupby(shapes))
+    assert set(shapes) == {Bucket(1, 16, 16), Bucket(9, 16, 16)}
+    assert longest < 20
 
 
 def test_each_stage_has_its_shapes_and_its_mix(recipe: Callable[..., TrainConfig]) -> None:

@@ -75,11 +75,13 @@ class Curriculum:
             stage = self.config.stages[self.index]
             buckets = Buckets(video=stage.video, image=stage.image, frames=stage.frames, grid=self.grid)
             budget = Budget(stage.tokens, stage.squared, self.grid)
+            batch = stage.batch_size or (0 if stage.micro_batches else self.config.batch_size)
+            most = min((count for count in (stage.samples, batch) if count), default=0)  # more than a step takes would be steps of one shape
             self._samplers[self.index] = Sampler(
                 self._groups(stage),
                 lambda sample: buckets.of(self.dataset.info(sample)),
-                lambda bucket: min(budget(bucket), stage.samples or budget(bucket)),
-                batch_size=stage.batch_size or (0 if stage.micro_batches else self.config.batch_size),
+                lambda bucket: min(budget(bucket), most or budget(bucket)),
+                batch_size=batch,
                 micro_batches=stage.micro_batches, seed=self.config.seed, stage=stage.name,
             )  # fmt: skip
         return self._samplers[self.index]
