@@ -5,9 +5,9 @@ from __future__ import annotations
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from wan_dit._shared.files import read_json
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -135,7 +135,8 @@ class TrainConfig(_Section):
     stages: what is trained on from when to when; none for one shape throughout
     steps, batch_size: optimiser steps and samples in each, over all processes
     micro_batch: samples that a process computes at a time, 0 for all of its share of the step
-    precision: `fp32`, or `bf16` autocast over fp32 weights
+    precision: `fp32`; `bf16` autocast over fp32 weights; `fp8`, the same with the linear layers of the backbone's blocks in float8, for a
+    backbone of which all is trained (`wan_train.float8`)
     ema: decay of the averaged weights that are previewed and exported, 0 for none
     output: folder of logs, previews, checkpoints and the exported parts
     log_every, preview_every, save_every: in steps, 0 for never
@@ -156,7 +157,7 @@ class TrainConfig(_Section):
     batch_size: int = Field(gt=0)
     micro_batch: int = Field(default=0, ge=0)
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     ema: float = Field(default=0.0, ge=0, lt=1)
     output: Path
     log_every: int = Field(default=20, ge=0)
@@ -166,6 +167,17 @@ class TrainConfig(_Section):
     keep_every: int = Field(default=0, ge=0)
     threads: int = Field(default=0, ge=0)
     device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _float8_is_trained(self) -> Self:
+        """Said here too, before a backbone is loaded or a plan made."""
+        train = self.objective.settings.get("train")
+        if self.precision == "fp8" and train in ("lora", "context_embedder"):
+            raise ValueError(
+                f"precision = 'fp8' is of a backbone of which all is trained, and train = '{train}' leaves it as it is: "
+                "use precision = 'bf16', and objective.settings.base = 'fp8' for its weights in 8 bits"
+            )
+        return self
 
     @classmethod
     def from_toml(cls, recipe: str | Path, overrides: list[str] | None = None) -> TrainConfig:

@@ -76,7 +76,7 @@ class Curriculum:
             buckets = Buckets(video=stage.video, image=stage.image, frames=stage.frames, grid=self.grid)
             budget = Budget(stage.tokens, stage.squared, self.grid)
             batch = stage.batch_size or (0 if stage.micro_batches else self.config.batch_size)
-            most = min((count for count in (stage.samples, batch) if count), default=0)  # more than a step takes would be steps of one shape
+            most = min((count for count in (stage.samples, batch) if count), default=0)  # more would be several steps of one shape
             self._samplers[self.index] = Sampler(
                 self._groups(stage),
                 lambda sample: buckets.of(self.dataset.info(sample)),

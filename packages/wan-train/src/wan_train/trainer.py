@@ -23,6 +23,7 @@ from .curriculum import Curriculum
 from .data.buckets import GRID
 from .data.mix import Mix
 from .data.sampler import Micro, share
+from .float8 import check_float8, compute_in_float8
 from .layout import Layout
 from .memory import apply_policy
 from .optim import EMA, Optimiser, gradient_norm
@@ -57,6 +58,8 @@ class Trainer:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         usable_device(config.device)
+        if config.precision == "fp8":
+            check_float8(config.device)
         self.layout = Layout(config.parallel, config.device)
         dataset = _dataset(config, pm)
         objective = find("wan_objectives", config.objective.name, pm).resolve()
@@ -67,6 +70,8 @@ class Trainer:
         self.frozen: dict[str, Any] = getattr(self.objective, "frozen", {})
         split = config.parallel.fsdp * config.parallel.ulysses * config.parallel.ring > 1
         self.templates = {name: Template(module) for name, module in {**(self.frozen if split else {}), **modules}.items()}
+        if config.precision == "fp8":
+            compute_in_float8(modules, emulate=torch.device(config.device).type == "cpu")
         for module in (*modules.values(), *self.frozen.values()):
             apply_policy(module, config.memory)
         self.layout.apply({**self.frozen, **modules})
@@ -196,7 +201,7 @@ class Trainer:
         for i, (batch, weight) in enumerate(turns):
             with (
                 self.layout.accumulating(self.objective.modules.values(), last=i == len(turns) - 1),
-                torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16"),
+                torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision != "fp32"),
             ):
                 losses, facts = self.objective.losses(batch)
             (losses.sum() * (weight * self.layout.data_ranks / count)).backward()
