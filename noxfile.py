@@ -35,10 +35,12 @@ TYPES = ["mypy", "types-tqdm"]
 DOCS = ["mkdocs-material", "mkdocstrings-python", "ruff"]  # ruff formats signatures
 TINY = {  # recipe -> trained part -> the package that carries it
     "tiny-vae": {},
-    "tiny-vae-refine": {"vae": "wan-vae"},
+    "tiny-vae-refine": {},
+    "tiny-vae-mix": {},
+    "tiny-vae-film": {},
+    "tiny-vae-decoder": {"vae": "wan-vae"},
     "tiny-t2v": {},
-    "tiny-t2v-refine": {},
-    "tiny-t2v-polish": {"backbone": "wan-dit", "text_encoder": "wan-text"},
+    "tiny-t2v-refine": {"backbone": "wan-dit", "text_encoder": "wan-text"},
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tiny models are slower on more, above all where something else runs
 
@@ -105,7 +107,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tiny(session: nox.Session) -> None:
-    """Train the built-in models again, under two hours of one core, and put them, their logs and curves in place."""
+    """Train the built-in models again, some four hours of one core, and put them, their logs and curves in place."""
     environment(session)
     for recipe, parts in TINY.items():
         session.run(str(BIN / "wan-train"), "run", recipe, "--overwrite", env=ONE_THREAD, external=True)

@@ -19,6 +19,7 @@ from wan_dit.parameters import count_parameters
 from wan_dit.plugin import wan_backbones
 from wan_train.cli import main
 from wan_train.config import TrainConfig
+from wan_train.data.tensor_files import TensorFiles
 from wan_train.parts import fresh
 from wan_train.planning.gpus import GPUS
 from wan_train.planning.plan import Plan
@@ -183,6 +184,25 @@ def test_folders_that_are_not_there_are_told_with_their_field(tmp_path: Path, mo
     (tmp_path / "data" / "videos" / "a.txt").write_text("a picture")
     with pytest.raises(FileNotFoundError, match=r"^more_data\.images\.settings of 'folder': no folder or listing at path 'data/images'$"):
         Trainer(TrainConfig.from_toml("wan2.1-t2v-14b", ["device=cpu", "parallel={}"]))
+
+
+def test_the_tiny_curriculum_is_that_of_the_report_in_small(tmp_path: Path) -> None:
+    sizes = ["data.settings.length=4", "more_data.pictures.settings.length=4", "objective.settings.tokenizer=320"]
+    config = TrainConfig.from_toml("tiny-t2v", [f"output={tmp_path}", "steps=6", "batch_size=2", "log_every=1", "preview_every=0", *sizes])
+    images, joint, larger = config.stages
+    assert images.weights == {"video": 0.0}
+    assert images.image == joint.image == joint.video
+    assert larger.video > joint.video
+    assert all(stage.weights.get("image", 1) > 0 for stage in config.stages)
+    stages = tuple(stage.model_copy(update={"until": 2 * i + 2}) for i, stage in enumerate(config.stages))
+    Trainer(config.model_copy(update={"stages": stages})).run()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    files = TensorFiles(tmp_path / "cache")
+    shapes = {tuple(files.facts(key)["bucket"]) for key in files.keys() if files.facts(key)["kind"] == "latents"}  # noqa: SIM118
+    assert (1, 48, 48) in shapes
+    assert shapes <= {(1, 48, 48), (17, 48, 48), (1, 64, 64), (17, 64, 64)}
+    assert (tmp_path / "export" / "backbone").is_dir()
 
 
 def test_a_plan_is_of_the_part_of_a_stage_that_takes_the_most_memory() -> None:
