@@ -57,13 +57,14 @@ def _cache(args: argparse.Namespace) -> int:
 def _bucket_of(args: argparse.Namespace, given: Source, dataset: Any) -> BucketOf:
     """The shape of each sample. ValueError where none is asked for and the data set has no size of its own."""
     from .data.buckets import Bucket, Info
+    from .data.folder import Folder
 
     if not hasattr(dataset, "clip"):
         raise ValueError(f"data set '{given.dataset}' gives no clips of a bucket, which a cache needs")
     shapes = buckets(args, given.settings.get("frames", 81))
     if shapes:
         return lambda index: shapes.of(Info(*dataset.info(index)))
-    if given.dataset != "folder":
+    if not isinstance(dataset, Folder):
         return lambda index: Bucket(*dataset.info(index)[:3])
     size = given.settings.get("size")
     if not size:

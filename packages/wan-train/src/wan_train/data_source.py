@@ -1,4 +1,4 @@
-"""What the commands `validate` and `cache` are given: a recipe, or a folder or listing of clips. Imports no torch."""
+"""What the commands `validate` and `cache` are given: a recipe, or a folder, listing or tars of clips. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,22 +21,28 @@ class Source:
     objective: dict[str, Any]
     output: Path | None
 
-    def open(self) -> Any:
-        """The data set. Raises ValueError with all of its problems."""
+    def target(self) -> Any:
+        """The class of the data set, or what else makes it."""
         from .plugins import find
 
-        target = find("wan_datasets", self.dataset).resolve()
+        return find("wan_datasets", self.dataset).resolve()
+
+    def open(self) -> Any:
+        """The data set. Raises ValueError with all of its problems."""
         try:
-            return target(**self.settings)
+            return self.target()(**self.settings)
         except TypeError as error:
             raise ValueError(f"data set '{self.dataset}': {error}") from error
 
 
 def source(given: str, overrides: Sequence[str]) -> Source:
-    """A folder or listing whose settings are the overrides, such as fps=24, or a recipe with fields changed, dotted."""
+    """A folder, listing or tars whose settings are the overrides, such as fps=24, or a recipe with fields changed, dotted."""
+    from .data.tars import holds_tars, is_tar
+
     path = Path(given)
-    if path.is_dir() or path.suffix.lower() in (".jsonl", ".csv", ".json"):
-        return Source("folder", {"path": given, **dict(map(_setting, overrides))}, {}, None)
+    tars = holds_tars(path) if path.is_dir() else is_tar(path)
+    if tars or path.is_dir() or path.suffix.lower() in (".jsonl", ".csv", ".json"):
+        return Source("webdataset" if tars else "folder", {"path": given, **dict(map(_setting, overrides))}, {}, None)
     from .config import TrainConfig
 
     config = TrainConfig.from_toml(given, list(overrides))
@@ -46,7 +52,7 @@ def source(given: str, overrides: Sequence[str]) -> Source:
 def _setting(word: str) -> tuple[str, Any]:
     key, equals, text = word.partition("=")
     if not equals or not key:
-        raise ValueError(f"'{word}' must read key=value, a setting of the data set 'folder' such as fps=24")
+        raise ValueError(f"'{word}' must read key=value, a setting of the data set such as fps=24")
     try:
         return key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -55,7 +61,7 @@ def _setting(word: str) -> tuple[str, Any]:
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     """The arguments that name a source, and the shapes that its samples are brought to."""
-    parser.add_argument("source", help="a recipe, or a folder or listing (.jsonl, .csv, .json) of films and pictures")
+    parser.add_argument("source", help="a recipe, or films and pictures: a folder, a listing (.jsonl, .csv, .json) or tars (.tar)")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings of the folder, such as fps=24 frames=81, or fields of the recipe"
     )

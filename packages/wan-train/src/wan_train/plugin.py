@@ -23,4 +23,5 @@ def wan_datasets() -> list[DatasetSpec]:
         DatasetSpec("shapes", "wan_train.data.shapes:Shapes", summary="rendered moving shapes with captions"),
         DatasetSpec("natural", "wan_train.data.natural:Natural", summary="procedural clips with the statistics of film, without captions"),
         DatasetSpec("folder", "wan_train.data.folder:Folder", summary="films and pictures of a folder, with captions beside them"),
+        DatasetSpec("webdataset", "wan_train.data.webdataset:WebDataset", summary="films and pictures in WebDataset's tars, read in place"),
     ]

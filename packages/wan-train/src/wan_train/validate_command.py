@@ -1,4 +1,4 @@
-"""The command `wan-train validate`: what a run will see of each file of a data folder, and all that is wrong with it."""
+"""The command `wan-train validate`: what a run will see of each file of a data folder or tar, and all that is wrong with it."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ def add_validate(commands: Any) -> None:
 
 def _validate(args: argparse.Namespace) -> int:
     given = source(args.source, args.overrides)
-    if given.dataset != "folder":
+    from .config import read_settings
+    from .data.folder import Folder
+
+    target = given.target()
+    if not (isinstance(target, type) and issubclass(target, Folder)):
         show([{"data set": given.dataset, "samples": len(given.open())}], as_json=args.json)
         return 0
-    from .config import read_settings
-    from .data.folder import FolderSettings
-
-    settings = read_settings(FolderSettings, given.settings, "data set 'folder'")
+    settings = read_settings(target.settings_type, given.settings, f"data set '{given.dataset}'")
     found, shapes = settings.scan(), buckets(args, settings.frames)
     problems, good = list(found.problems), []
     for clip in found.clips:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import av
@@ -20,6 +19,33 @@ from .pixels import UNSPECIFIED, Depth, PathLike, TimedFrame, rotation_of, to_rg
 from .track import STEP, Track, indexed, rate_of
 
 RANGES: dict[int, str] = {ColorRange.MPEG: "limited", ColorRange.JPEG: "full"}
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """`size` bytes of a file from byte `start` on that are a file of their own, such as a member of an uncompressed tar.
+
+    member: its path within the file; the part is told as `path/member`
+    """
+
+    path: Path
+    start: int
+    size: int
+    member: str
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.member).name
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.member).suffix
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.member}"
+
+
+FilmSource = PathLike | FilePart
 
 
 @dataclass(frozen=True)
@@ -53,7 +79,7 @@ class VideoInfo:
     transfer: int = UNSPECIFIED
 
 
-def probe_film(path: PathLike) -> VideoInfo:
+def probe_film(path: FilmSource) -> VideoInfo:
     """Facts of the first video stream of `path`. Raises FileNotFoundError, and ValueError where it is no readable video."""
     with open_film(path) as (container, stream):
         frame, timed = _first_frame(container, stream, path)
@@ -80,7 +106,7 @@ def probe_film(path: PathLike) -> VideoInfo:
         )
 
 
-def film_frames(path: PathLike, depth: Depth = 8) -> Iterator[TimedFrame | Missing]:
+def film_frames(path: FilmSource, depth: Depth = 8) -> Iterator[TimedFrame | Missing]:
     """The pictures of a film in presentation order, upright, with marks for missing ones. Times strictly increase.
 
     Raises like `probe_film`, and where the picture changes its size.
@@ -119,29 +145,32 @@ def _pauses(steps: Counter[int]) -> int:
 
 
 @contextmanager
-def open_film(path: PathLike) -> Iterator[tuple[Any, Any]]:
+def open_film(path: FilmSource) -> Iterator[tuple[Any, Any]]:
     """The container and its first video stream."""
-    if not Path(path).exists():
+    file, start = (path.path, path.start) if isinstance(path, FilePart) else (Path(path), 0)
+    if not file.exists():
         raise FileNotFoundError(f"no video file at '{path}'")
-    if not Path(path).is_file():
+    if not file.is_file():
         raise ValueError(f"'{path}' is not a file")
+    part = f"subfile,,start,{start},end,{start + path.size},,:" if isinstance(path, FilePart) else ""
     try:
-        container = av.open(f"file:{os.fspath(path)}")  # the protocol is named, since a name may hold a colon
+        container = av.open(f"{part}file:{file}")  # the protocol is named, since a name may hold a colon
     except (av.FFmpegError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{path}' is not a readable video: {getattr(error, 'strerror', error)}{_hint(Path(path))}") from error
+        raise ValueError(f"'{path}' is not a readable video: {getattr(error, 'strerror', error)}{_hint(file, start)}") from error
     with container:
         if not container.streams.video:
             raise ValueError(f"'{path}' has no video stream")
         yield container, container.streams.video[0]
 
 
-def _hint(path: Path) -> str:
-    with path.open("rb") as file:
-        unfinished = file.read(8)[4:] == b"ftyp"
+def _hint(file: Path, start: int) -> str:
+    with file.open("rb") as opened:
+        opened.seek(start)
+        unfinished = opened.read(8)[4:] == b"ftyp"
     return " (an mp4 without a usable index, such as a recording that was not finished)" if unfinished else ""
 
 
-def _first_frame(container: Any, stream: Any, path: PathLike) -> tuple[Any, bool]:
+def _first_frame(container: Any, stream: Any, path: FilmSource) -> tuple[Any, bool]:
     """The first frame that decodes, and whether packets have times."""
     timed: bool | None = None
     reason = ""

@@ -1,8 +1,9 @@
-"""What was found in media files, kept between runs by path, time of change and size. Imports no torch."""
+"""What was found in media files and members of tars, kept between runs by path, time of change and size. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import sqlite3
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
+from wan_vae.film import FilePart
 
 from . import film
 
@@ -23,8 +25,10 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FILMS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
 _VERSION = 1  # of the facts; those of another are found anew
 _CHUNK = 64  # files that are looked at between two writes
+_READ = 1 << 20  # bytes that are read at once
 
-Stamp = tuple[str, int, int]  # path, time of change in nanoseconds, size
+MediaFile = Path | FilePart
+Stamp = tuple[str, int, int]  # path (of a part with its first byte), time of the file's change in nanoseconds, size
 
 
 @dataclass(frozen=True)
@@ -36,23 +40,43 @@ class Media:
     film: film.FilmFacts | None = None
 
 
-def look(path: Path) -> Media:
+def look(path: MediaFile) -> Media:
     """Facts of a media file. Raises ValueError where it cannot be read, OSError where it is not there."""
     if path.suffix.lower() not in PICTURES:
         facts = film.probe(path)
         return Media(facts.height, max(1, round(facts.width * facts.aspect)), facts)
+    with open_picture(path) as image:
+        image.load()
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF's Orientation
+        width, height = image.size[::-1] if turned else image.size
+    return Media(height, width)
+
+
+@contextmanager
+def open_picture(path: MediaFile) -> Iterator[Image.Image]:
+    """A picture of Pillow; what is wrong with it while it is read is a ValueError that names it."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF's Orientation
-            width, height = image.size[::-1] if turned else image.size
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, EOFError) as error:
+        with Image.open(path if isinstance(path, Path) else io.BytesIO(b"".join(chunks(path)))) as image:
+            yield image
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, EOFError, ValueError) as error:
         raise ValueError(f"'{path}' is not a picture that can be read: {error}") from error
     except OSError as error:
         if error.errno is not None:  # of the file system, not of the picture
             raise
         raise ValueError(f"'{path}' is cut or damaged: {error}") from error
-    return Media(height, width)
+
+
+def chunks(file: MediaFile) -> Iterator[bytes]:
+    """The bytes of a file or a part of one, some at a time. Raises ValueError where a part is not all there."""
+    path, start, left = (file.path, file.start, file.size) if isinstance(file, FilePart) else (file, 0, file.stat().st_size)
+    with path.open("rb") as opened:
+        opened.seek(start)
+        while left:
+            data = opened.read(min(left, _READ))
+            if not data:
+                raise ValueError(f"'{file}' is cut: '{path}' ends {left} bytes before it does")
+            left -= len(data)
+            yield data
 
 
 class FileIndex:
@@ -65,9 +89,9 @@ class FileIndex:
         self.path = path or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wan-train" / "files.sqlite"
         self._warned = False
 
-    def media(self, files: Sequence[Path]) -> list[Media | Exception]:
+    def media(self, files: Sequence[MediaFile]) -> list[Media | Exception]:
         """As `look` at each, from memory where a file has not changed; what it raises stands in the place of its facts."""
-        stamps = {file: _stamp(file) for file in files}
+        stamps = {file: _try_stamp(file) for file in files}
         there = {file: stamp for file, stamp in stamps.items() if not isinstance(stamp, OSError)}
         known = self._recall("facts", list(there.values()))
         unknown = [(file, stamp) for file, stamp in there.items() if stamp not in known]
@@ -79,15 +103,14 @@ class FileIndex:
                 self._keep("facts", {stamp: facts for stamp, facts in new.items() if isinstance(facts, str)})
         return [stamp if isinstance(stamp, OSError) else _media(known[stamp]) for stamp in stamps.values()]
 
-    def sha256(self, file: Path) -> str:
-        """Of the whole file."""
-        stamp = _stamp(file)
-        if isinstance(stamp, OSError):
-            raise stamp
-        known = self._recall("sha256", [stamp])
+    def sha256(self, file: MediaFile) -> str:
+        """Of all bytes of the file, or of the part."""
+        known = self._recall("sha256", [stamp := stamp_of(file)])
         if stamp not in known:
-            with open(file, "rb") as opened:
-                known[stamp] = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            for data in chunks(file):
+                digest.update(data)
+            known[stamp] = digest.hexdigest()
             self._keep("sha256", known)
         return str(known[stamp])
 
@@ -135,15 +158,22 @@ class FileIndex:
         return connection
 
 
-def _stamp(file: Path) -> Stamp | OSError:
-    try:
-        stat = file.stat()
-    except OSError as error:
-        return error
+def stamp_of(file: MediaFile) -> Stamp:
+    """What a file is known by until it changes; a part by the time of its file. Raises OSError where it is not there."""
+    if isinstance(file, FilePart):
+        return f"{file.path.absolute()}/{file.member}@{file.start}", file.path.stat().st_mtime_ns, file.size
+    stat = file.stat()
     return str(file.absolute()), stat.st_mtime_ns, stat.st_size
 
 
-def _facts(file: Path) -> str | OSError:
+def _try_stamp(file: MediaFile) -> Stamp | OSError:
+    try:
+        return stamp_of(file)
+    except OSError as error:
+        return error
+
+
+def _facts(file: MediaFile) -> str | OSError:
     """As JSON; what is wrong with the file is a fact too, but not that it could not be opened."""
     try:
         return json.dumps(asdict(look(file)), default=str)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import av
@@ -17,7 +16,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from wan_vae.damage import Missing
-from wan_vae.film import open_film, probe_film
+from wan_vae.film import FilmSource, open_film, probe_film
 from wan_vae.pixels import to_rgb
 from wan_vae.track import Track, indexed, rate_of
 
@@ -48,7 +47,7 @@ class FilmFacts:
         return max(1, math.ceil((self.seconds - SLACK) * fps))
 
 
-def probe(path: Path) -> FilmFacts:
+def probe(path: FilmSource) -> FilmFacts:
     """What a film holds, by the times of all its packets; its first frame alone is decoded.
 
     Raises FileNotFoundError, and ValueError where it is no film, damaged or shorter than it declares.
@@ -75,7 +74,7 @@ def probe(path: Path) -> FilmFacts:
     return FilmFacts(info.height, info.width, info.pixel_aspect, last + duration - first, float(info.fps), first)
 
 
-def read(path: Path, facts: FilmFacts, start: Fraction, frames: int, fps: Fraction) -> Iterator[Pixels]:
+def read(path: FilmSource, facts: FilmFacts, start: Fraction, frames: int, fps: Fraction) -> Iterator[Pixels]:
     """The `[H, W, 3]` uint8 frames that are shown at start + k / fps for k below `frames`; a frame shown longer comes repeatedly.
 
     Raises ValueError where the film ends before, or a frame among them is missing or damaged.
@@ -113,7 +112,7 @@ class _Entered(Track):
         return 0
 
 
-def _read_from(path: Path, facts: FilmFacts, entry: Fraction, start: Fraction, frames: int, fps: Fraction) -> Iterator[Pixels]:
+def _read_from(path: FilmSource, facts: FilmFacts, entry: Fraction, start: Fraction, frames: int, fps: Fraction) -> Iterator[Pixels]:
     """As `read`, entered at the last key frame before `entry`."""
     with open_film(path) as (container, stream):
         origin, unit = (facts.first, Fraction(stream.time_base)) if facts.first is not None else (Fraction(0), 1 / rate_of(stream))
@@ -146,7 +145,7 @@ def _read_from(path: Path, facts: FilmFacts, entry: Fraction, start: Fraction, f
             yield pixels
 
 
-def _pixels(path: Path, picture: Any, reformatter: VideoReformatter) -> Pixels:
+def _pixels(path: FilmSource, picture: Any, reformatter: VideoReformatter) -> Pixels:
     if isinstance(picture, Missing):
         raise ValueError(f"'{path}' is damaged: {picture.reason}")
     found: Any = to_rgb(picture[0], reformatter)

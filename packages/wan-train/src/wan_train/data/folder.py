@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from ..config import read_settings
 from . import film
 from .buckets import Bucket, Info
-from .file_index import FileIndex, Media
-from .scan import Clip, Cut, OnProblem, Scan, scan
+from .file_index import FileIndex, Media, MediaFile, open_picture, stamp_of
+from .scan import Clip, Contents, Cut, OnProblem, Scan, folder_contents, scan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,8 +59,11 @@ class FolderSettings(BaseModel):
 
     def scan(self) -> Scan:
         """The samples of the folder as it is now, and all of its problems."""
-        needed = self.captions == "required"
-        return scan(self.path, self.cut, captions=needed, min_side=self.min_side, index=FileIndex(self.index))
+        needed, index = self.captions == "required", FileIndex(self.index)
+        return scan(self.path, self.cut, captions=needed, min_side=self.min_side, index=index, contents=self._contents)
+
+    def _contents(self, source: Path) -> Contents:
+        return folder_contents(source)
 
 
 class Folder:
@@ -70,8 +73,11 @@ class Folder:
     of the folder as `on_problem` says, and where there is no sample.
     """
 
+    name: ClassVar[str] = "folder"
+    settings_type: ClassVar[type[FolderSettings]] = FolderSettings
+
     def __init__(self, path: str | Path, **settings: Any) -> None:
-        self.settings = read_settings(FolderSettings, {"path": path, **settings}, "data set 'folder'")
+        self.settings = read_settings(self.settings_type, {"path": path, **settings}, f"data set '{self.name}'")
         self.cut, self.index = self.settings.cut, FileIndex(self.settings.index)
         clips = self.settings.scan().settle(self.settings.on_problem, self.settings.path)
         held = _held_out({clip.file for clip in clips}, self.settings.holdout)
@@ -122,7 +128,7 @@ class Folder:
         import torch
 
         if self.settings.size is None:
-            raise ValueError("clips of one shape need the setting size = [height, width] of the data set 'folder'")
+            raise ValueError(f"clips of one shape need the setting size = [height, width] of the data set '{self.name}'")
         bucket = Bucket(self.cut.frames, *self.settings.size)
         return torch.stack([self.clip(index, bucket) for index in indices])
 
@@ -130,8 +136,8 @@ class Folder:
         """What a cache of all samples depends on: the settings, and the files by name, time of change and size."""
         digest = hashlib.sha256(repr((READER, self.cut, self.settings.size)).encode())
         for clip in self.clips:
-            stat = clip.file.stat()
-            digest.update(repr((str(clip.file), stat.st_mtime_ns, stat.st_size, clip.start, clip.frames, clip.captions)).encode())
+            _, changed, size = stamp_of(clip.file)
+            digest.update(repr((str(clip.file), changed, size, clip.start, clip.frames, clip.captions)).encode())
         return f"folder/1 {digest.hexdigest()}"
 
     def identity(self, index: int) -> str:
@@ -148,9 +154,9 @@ class Folder:
         return {}
 
 
-def _held_out(files: set[Path], count: int) -> set[Path]:
+def _held_out(files: set[MediaFile], count: int) -> set[MediaFile]:
     """`count` files, chosen by their names alone, so that new ones change little."""
-    return set(sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())[:count])
+    return set(sorted(files, key=lambda file: (hashlib.sha256(file.name.encode()).digest(), str(file)))[:count])
 
 
 def _frames(clip: Clip, frames: int, fps: Fraction) -> Iterable[film.Pixels]:
@@ -158,7 +164,8 @@ def _frames(clip: Clip, frames: int, fps: Fraction) -> Iterable[film.Pixels]:
         return film.read(clip.file, clip.media.film, clip.start / fps, frames, fps)
     from wan_dit.images import read_image
 
-    return [np.asarray(read_image(clip.file))]
+    with open_picture(clip.file) as image:
+        return [np.asarray(read_image(image))]
 
 
 def _fit(pixels: film.Pixels, media: Media, bucket: Bucket) -> film.Pixels:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .buckets import Info
-from .file_index import FILMS, PICTURES, FileIndex, Media
+from .file_index import FILMS, PICTURES, FileIndex, Media, MediaFile
 from .sidecars import LISTINGS, Listing, is_listing, read_listing, read_sidecar
 
 OnProblem = Literal["strict", "skip"]
@@ -55,7 +55,7 @@ class Cut:
 class Clip:
     """A sample: `frames` frames of a film from frame `start` on, counted at the sample's rate; or a picture."""
 
-    file: Path
+    file: MediaFile
     media: Media
     captions: tuple[str, ...]
     start: int
@@ -69,11 +69,25 @@ class Clip:
 
 @dataclass(frozen=True)
 class Problem:
-    """kind: `caption`, `unreadable`, `short`, `small`, `missing` (a file that a listing names) or `listing`."""
+    """kind: `caption`, `unreadable`, `short`, `small`, `missing` (a file that a listing or pattern names) or `listing`."""
 
     file: str
     kind: str
     message: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The films and pictures of a source before they are looked at, and what is wrong with the source itself.
+
+    captions: those of a file; raises ValueError where they cannot be read
+    advice: how a file that has no caption gets one
+    """
+
+    files: list[MediaFile]
+    problems: list[Problem]
+    captions: Callable[[Any], list[str]]
+    advice: Callable[[Any], str]
 
 
 @dataclass(frozen=True)
@@ -100,32 +114,49 @@ class Scan:
         return self.clips
 
 
-def scan(source: Path, cut: Cut, *, captions: bool = True, min_side: int = 0, index: FileIndex | None = None) -> Scan:
-    """The samples in a folder, its subfolders included, or of a listing.
-
-    captions: whether a sample must have one; min_side: pixels that the shorter side must have
-    Raises FileNotFoundError where there is no such folder or listing.
-    """
+def folder_contents(source: Path) -> Contents:
+    """The media of a folder, its subfolders included, or of a listing. Raises FileNotFoundError, and ValueError where it is neither."""
     if not source.exists():
         raise FileNotFoundError(f"no folder or listing at path '{source}'")
     if source.is_file() and not is_listing(source):
         raise ValueError(f"'{source}' is no folder and no listing (.jsonl, .csv or .json)")
     listing, files = _listed(source)
-    problems = [Problem(file_name(path, source), "listing", message) for path, message in listing.problems]
-    looked = (index or FileIndex()).media(files)
-    clips: list[Clip] = []
-    for file, media in zip(files, looked, strict=True):
-        found = _clips(file, media, listing, cut, captions, min_side)
-        if isinstance(found, list):
-            clips += found
+    return Contents(
+        list(files),
+        [Problem(file_name(path, source), "listing", message) for path, message in listing.problems],
+        lambda file: listing.captions.get(file) or read_sidecar(file),
+        lambda file: f"write {file.stem}.txt beside it, or a line of {LISTINGS[0]}",
+    )
+
+
+def scan(
+    source: Path,
+    cut: Cut,
+    *,
+    captions: bool = True,
+    min_side: int = 0,
+    index: FileIndex | None = None,
+    contents: Callable[[Path], Contents] = folder_contents,
+) -> Scan:
+    """The samples of a source, which `contents` lists.
+
+    captions: whether a sample must have one; min_side: pixels that the shorter side must have
+    Raises what `contents` does.
+    """
+    found = contents(source)
+    clips, problems = list[Clip](), list(found.problems)
+    for file, media in zip(found.files, (index or FileIndex()).media(found.files), strict=True):
+        cuts = _clips(file, media, found, cut, captions, min_side)
+        if isinstance(cuts, list):
+            clips += cuts
         else:
-            problems.append(Problem(file_name(file, source), *found))
+            problems.append(Problem(file_name(file, source), *cuts))
     return Scan(clips, problems)
 
 
 def _listed(source: Path) -> tuple[Listing, list[Path]]:
     """What listings say, and all files that are in the folder or listed, each once."""
-    everything = sorted(_walk(source)) if source.is_dir() else [source]
+    everything = sorted(walk(source)) if source.is_dir() else [source]
     merged, media = Listing(), [] if source.is_file() else [path for path in everything if path.suffix.lower() in (*PICTURES, *FILMS)]
     for path in everything:
         if path.name in LISTINGS or path == source:
@@ -136,24 +167,27 @@ def _listed(source: Path) -> tuple[Listing, list[Path]]:
     return merged, sorted({*media, *merged.captions})
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk(folder: Path) -> Iterator[Path]:
+    """The files of a folder and its subfolders that are not hidden, in no order."""
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(place) / name for name in names if not name.startswith("."))
 
 
-def _clips(file: Path, media: Media | Exception, listing: Listing, cut: Cut, needed: bool, min_side: int) -> list[Clip] | tuple[str, str]:
+def _clips(
+    file: MediaFile, media: Media | Exception, found: Contents, cut: Cut, needed: bool, min_side: int
+) -> list[Clip] | tuple[str, str]:
     """The samples of a file, or the kind of its problem and what it is."""
     if isinstance(media, FileNotFoundError):
         return "missing", "a listing names it, and it is not there"
     if isinstance(media, Exception):
         return "unreadable", str(media)
     try:
-        captions = tuple(listing.captions.get(file) or read_sidecar(file))
+        captions = tuple(found.captions(file))
     except ValueError as error:
         return "caption", f"its captions cannot be read: {error}"
     if needed and not captions:
-        return "caption", f"it has no caption: write {file.stem}.txt beside it, or a line of {LISTINGS[0]}"
+        return "caption", f"it has no caption: {found.advice(file)}"
     if min(media.height, media.width) < min_side:
         return "small", f"it is {media.width}x{media.height}, and the shorter side must have {min_side} pixels"
     if media.film is None:
@@ -166,7 +200,7 @@ def _clips(file: Path, media: Media | Exception, listing: Listing, cut: Cut, nee
     return [Clip(file, media, captions, start, frames, float(cut.fps)) for start, frames in parts]
 
 
-def file_name(file: Path, source: Path) -> str:
-    """A file as it is told: relative to the folder, or to that of the listing."""
-    root = source if source.is_dir() else source.parent
-    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+def file_name(file: MediaFile, source: Path) -> str:
+    """A file as it is told: relative to the folder, or to that of the listing, tar or pattern."""
+    path, root = Path(str(file)), source if source.is_dir() else source.parent
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)

@@ -33,7 +33,24 @@ def read_sidecar(media: Path) -> list[str]:
     Raises ValueError where it is not UTF-8.
     """
     names = [name for suffix in TEXTS for name in (media.with_suffix(suffix), media.with_name(media.name + suffix))]
-    return [line for name in names if name.is_file() for line in _cleaned(_text(name).splitlines())]
+    return [line for name in names if name.is_file() for line in read_text_captions(name.read_bytes())]
+
+
+def read_text_captions(data: bytes) -> list[str]:
+    """The captions in the bytes of a sidecar, one a line. Raises ValueError where they are not UTF-8."""
+    return _cleaned(_decoded(data).splitlines())
+
+
+def read_json_captions(data: bytes) -> list[str]:
+    """The captions in the bytes of a JSON file: a text, a list of texts, or an object that holds them under one of CAPTION_KEYS.
+
+    Raises ValueError where they are neither.
+    """
+    try:
+        found = json.loads(_decoded(data))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    return _under_keys(found) if isinstance(found, dict) else _captions(found)
 
 
 def is_listing(path: Path) -> bool:
@@ -46,7 +63,7 @@ def read_listing(path: Path) -> Listing:
     listing = Listing()
     reader = {".jsonl": _json_lines, ".csv": _table, ".json": _mapping}[path.suffix.lower()]
     try:
-        for number, row in reader(_text(path)):
+        for number, row in reader(_decoded(path.read_bytes())):
             try:
                 name, captions = _entry(row)
             except ValueError as error:
@@ -65,7 +82,11 @@ def _entry(row: Any) -> tuple[str, list[str]]:
     names = [row[key] for key in FILE_KEYS if row.get(key)]
     if not names or not isinstance(names[0], str):
         raise ValueError(f"it names no file: expected one of {', '.join(FILE_KEYS)}, got {', '.join(map(str, row)) or 'nothing'}")
-    return names[0], [caption for key in CAPTION_KEYS if row.get(key) for caption in _captions(row[key])]
+    return names[0], _under_keys(row)
+
+
+def _under_keys(row: dict[str, Any]) -> list[str]:
+    return [caption for key in CAPTION_KEYS if row.get(key) for caption in _captions(row[key])]
 
 
 def _captions(value: Any) -> list[str]:
@@ -85,9 +106,9 @@ def _cleaned(lines: list[str]) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _text(path: Path) -> str:
+def _decoded(data: bytes) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}") from error
 
