@@ -67,6 +67,15 @@ def test_the_listed_sizes_are_true(name: str, capsys: pytest.CaptureFixture[str]
     assert facts["parameters"] == parameters
 
 
+def test_info_of_a_name_is_that_of_the_codec_where_no_file_hides_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert rows(capsys, "info", "tiny") == rows(capsys, "info", "--codec", "tiny")
+    assert main(["info", "tinny"]) == 2
+    assert capsys.readouterr().err == "wan-vae: error: no video file at 'tinny'\n"
+    Path("tiny").write_text("no video")
+    assert main(["info", "tiny"]) == 2
+    assert "'tiny' is not a readable video" in capsys.readouterr().err
+
+
 def test_a_third_party_that_gives_no_size_is_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class Plugin:
         @hookimpl
@@ -86,7 +95,7 @@ def test_info_of_a_checkpoint(layout: str, tmp_path: Path, capsys: pytest.Captur
     path = {"official": "vae.pth"}.get(layout, layout)
     {"official": save_official, "diffusers": save_diffusers, "ours": WanVAE.save_pretrained}[layout](vae, path)
     (facts,) = rows(capsys, "info", path)
-    space = "tiny-1" if layout == "ours" else "unknown"
+    space = "tiny-2" if layout == "ours" else "unknown"
     expected = {"kind": "checkpoint", "distribution": "wan-vae", "latent_space": space, "channels": 16, "stride": "4x8x8"}
     assert facts == facts | expected | {"name": path, "parameters": 698_252, "state": "on disk"}
 

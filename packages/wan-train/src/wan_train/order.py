@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import torch
-
-from .randomness import generator
+from .data.permutation import Permutation
 
 
 class Order:
@@ -14,12 +10,12 @@ class Order:
 
     def __init__(self, samples: int, seed: int) -> None:
         self.samples, self.seed = samples, seed
-        self._epoch = lru_cache(maxsize=2)(self._shuffled)
 
     def take(self, start: int, count: int) -> list[int]:
         """The samples at places `start` to `start + count`."""
-        return [self._epoch(place // self.samples)[place % self.samples] for place in range(start, start + count)]
-
-    def _shuffled(self, epoch: int) -> list[int]:
-        shuffled: list[int] = torch.randperm(self.samples, generator=generator(self.seed, epoch, 0, "order")).tolist()
-        return shuffled
+        taken = list[int]()
+        while len(taken) < count:
+            epoch, place = divmod(start + len(taken), self.samples)
+            end = min(self.samples, place + count - len(taken))
+            taken += Permutation(self.samples, self.seed, epoch, 0, "order")[range(place, end)].tolist()
+        return taken

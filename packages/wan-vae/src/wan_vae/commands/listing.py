@@ -22,19 +22,25 @@ def add(commands: Any) -> None:
     text = "facts of a video, pictures, a latent file or a codec"
     info = command(commands, "info", _info, text, "wan-vae info film.safetensors --json", listing=True)
     which = info.add_mutually_exclusive_group(required=True)
-    which.add_argument("file", nargs="?", help="a video, a picture or folder of pictures, a latent file or a checkpoint")
+    which.add_argument("file", nargs="?", help="a video, a picture or folder of pictures, a latent file, a checkpoint or a VAE's name")
     which.add_argument("--codec", help=CODEC_HELP)
 
     command(commands, "list", _list, "the installed VAEs", "wan-vae list --json", listing=True)
 
 
 def _info(args: argparse.Namespace) -> None:
-    if args.codec:
-        spec = find_vae(args.codec)
+    if codec := args.codec or _installed(args.file):
+        spec = find_vae(codec)
         facts = {"kind": "codec", **_codec_facts(spec), "backend": _backend(spec)}
     else:
         facts = _file_facts(args.file)
     show([facts] if args.json else [{"field": key, "value": _plain(value)} for key, value in facts.items()], as_json=args.json)
+
+
+def _installed(name: str) -> str | None:
+    """The name of an installed VAE, which a file or folder of that name hides."""
+    names = {offer.name for offer in discover("wan_vaes", plugin_manager())}
+    return name if name in names and not Path(name).exists() else None
 
 
 def _file_facts(path: str) -> dict[str, Any]:
