@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from layout_tasks import encoded, preview, train
+from layout_tasks import encoded, preview, train, types
 from wan_train.config import ParallelConfig
 from wan_train.layout import Layout
 from wan_train.order import Order
@@ -140,6 +140,28 @@ def test_a_layout_computes_what_one_process_does(group: Group, folder: Path, alo
     assert max(gradients) <= TOLERANCE
     if name in ("recompute", "offload"):
         assert max(losses) == max(gradients) == 0, "the same sums in the same order"
+
+
+@pytest.mark.parametrize("name", ["FSDP4", "HSDP 2x2", "FSDP4 over U2 x DP2"])
+def test_weights_gathered_in_bf16_stay_near_to_fp32(group: Group, folder: Path, alone: dict[str, Any], name: str) -> None:
+    """Autocast rounds the weights of products; gathered in bf16, gains and modulations are rounded too."""
+    (size, overrides), recipe, half = LAYOUTS[name], str(folder / "frozen.toml"), ["precision=bf16"]
+    expected = {**alone["frozen"], "gradients": {0: alone["frozen"]["gradients"][0]}}
+    rounding = apart(train(recipe, half, 5), expected)
+    losses, gradients = zip(*(apart(answer, expected) for answer in group(size, train, recipe, [*overrides, *half], 5)), strict=True)
+    assert 0 < max(losses) <= 4 * rounding[0]
+    assert 0 < max(gradients) <= 4 * rounding[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "computed"),
+    [(["precision=bf16"], "torch.bfloat16"), ([], "torch.float32"), (["precision=bf16", "objective.settings.train=lora"], "torch.float32")],
+)
+def test_sharded_weights_are_gathered_in_bf16_where_all_are_trained(
+    group: Group, folder: Path, overrides: list[str], computed: str
+) -> None:
+    (found, _) = group(2, types, str(folder / "frozen.toml"), ["parallel.fsdp=2", "objective.settings.lora.rank=4", *overrides])
+    assert found == {"computed": {computed}, "gradients": {"torch.float32"}, "weights": {"torch.float32"}}
 
 
 @pytest.mark.parametrize("name", ["DP4", "FSDP4 over U2 x DP2", "U2 x R2"])

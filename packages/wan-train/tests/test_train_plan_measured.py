@@ -136,6 +136,9 @@ SLOW = [
     (1, 1, 1, 1, ("recompute",) * 4, 1, HEAVY, "autocast"),
     (4, 1, 1, 4, ("recompute",) * 4, 1, HEAVY, "autocast"),
     (4, 2, 1, 4, ("recompute",) * 2 + ("keep",) * 2, 1, HEAVY, "autocast"),
+    (4, 1, 1, 4, ("recompute",) * 4, 1, HEAVY, "bf16"),
+    (4, 1, 1, 4, ("keep",) * 4, 1, HEAVY, "bf16"),
+    (4, 2, 1, 4, ("recompute",) * 2 + ("keep",) * 2, 1, HEAVY, "bf16"),
 ]
 
 

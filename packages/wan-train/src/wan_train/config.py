@@ -135,8 +135,8 @@ class TrainConfig(_Section):
     stages: what is trained on from when to when; none for one shape throughout
     steps, batch_size: optimiser steps and samples in each, over all processes
     micro_batch: samples that a process computes at a time, 0 for all of its share of the step
-    precision: `fp32`; `bf16` autocast over fp32 weights; `fp8`, the same with the linear layers of the backbone's blocks in float8, for a
-    backbone of which all is trained (`wan_train.float8`)
+    precision: `fp32`; `bf16`, autocast over fp32 weights, which FSDP gathers in bf16 where all of a module is trained; `fp8`, autocast with
+    the linear layers of the backbone's blocks in float8, for a backbone of which all is trained (`wan_train.float8`)
     ema: decay of the averaged weights that are previewed and exported, 0 for none
     output: folder of logs, previews, checkpoints and the exported parts
     log_every, preview_every, save_every: in steps, 0 for never

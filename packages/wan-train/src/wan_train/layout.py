@@ -52,8 +52,11 @@ class Layout:
         """Whether this process writes and shows."""
         return self.rank == 0
 
-    def apply(self, modules: dict[str, nn.Module]) -> None:
-        """Split the tokens and the weights of every module that has a trunk of blocks; all others are copies on each process."""
+    def apply(self, modules: dict[str, nn.Module], dtype: torch.dtype | None = None) -> None:
+        """Split the tokens and the weights of every module that has a trunk of blocks; all others are copies on each process.
+
+        dtype: what the split weights of a module of which all is trained are gathered and computed with in, None for their own
+        """
         for module in modules.values():
             trunk = getattr(module, "trunk", None)
             if not isinstance(trunk, nn.Module):
@@ -61,7 +64,8 @@ class Layout:
             if self.mesh is not None and self.context > 1:
                 sequence_parallel(trunk, ulysses=self._group("ulysses"), ring=self._group("ring"))
             if self.shards is not None:
-                shard(module, self.shards if self.shards.shape[0] > 1 else self.shards["shard"])
+                gathered = dtype if all(parameter.requires_grad for parameter in module.parameters()) else None
+                shard(module, self.shards if self.shards.shape[0] > 1 else self.shards["shard"], dtype=gathered)
 
     @contextmanager
     def accumulating(self, modules: Iterable[nn.Module], last: bool) -> Iterator[None]:

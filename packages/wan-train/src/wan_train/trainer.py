@@ -74,7 +74,7 @@ class Trainer:
             compute_in_float8(modules, emulate=torch.device(config.device).type == "cpu")
         for module in (*modules.values(), *self.frozen.values()):
             apply_policy(module, config.memory)
-        self.layout.apply({**self.frozen, **modules})
+        self.layout.apply({**self.frozen, **modules}, torch.bfloat16 if config.precision == "bf16" else None)
         self.optimiser = Optimiser(config.optimiser, self.objective.parameter_groups(), config.steps)
         self.ema = EMA(modules, config.ema)
         self.curriculum = Curriculum(config, dataset, self.objective.samples, getattr(self.objective, "grid", GRID))

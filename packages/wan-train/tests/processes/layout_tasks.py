@@ -55,6 +55,27 @@ def train(recipe: str, overrides: list[str], steps: int, plant: str = "") -> dic
             "weights": {name: value.detach().numpy() for name, value in weights.items()}}  # fmt: skip
 
 
+def types(recipe: str, overrides: list[str]) -> dict[str, set[str]]:
+    """What the weights of a block are computed with in a step, and what gradients and weights are afterwards."""
+    trainer = Trainer(TrainConfig.from_toml(Path(recipe), overrides))
+    trainer._prepare()
+    block, computed = {**trainer.frozen, **trainer.objective.modules}["backbone"].trunk.blocks[0], set()
+    block.register_forward_pre_hook(lambda block, _: computed.update(str(each.dtype) for each in (block.modulation, block.ffn[0].weight)))
+    gradients, step = set(), trainer.optimiser.step
+
+    def watched(*given: Any) -> None:
+        gradients.update(str(each.grad.dtype) for each in trainer.optimiser.params if each.grad is not None)
+        step(*given)
+
+    with patch.object(trainer.optimiser, "step", watched):
+        trainer._train_step()
+    return {
+        "computed": computed,
+        "gradients": gradients,
+        "weights": {str(each.dtype) for each in trainer.optimiser.params},
+    }
+
+
 def encoded(recipe: str, overrides: list[str]) -> tuple[list[int], list[str]]:
     """The samples whose latents and contexts this process made for a step, and those of all batches that it computed on."""
     trainer = Trainer(TrainConfig.from_toml(Path(recipe), overrides))

@@ -27,14 +27,14 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     model = WanDiT(config)
     model.init_weights()
     apply_policy(model, MemoryConfig(policy=tuple(case["policy"])))
-    Layout(ParallelConfig(**case["parallel"])).apply({"backbone": model})
+    Layout(ParallelConfig(**case["parallel"])).apply({"backbone": model}, torch.bfloat16 if case["precision"] == "bf16" else None)
     frames, height, width = case["grid"]
     count = case["samples"]
     latents, times = torch.randn(count, config.in_dim, frames, 2 * height, 2 * width), 1000 * torch.rand(count)
     text = [torch.randn(config.text_len, config.text_dim) for _ in range(count)]
     rope_table.cache_clear()
     with Meter([*(local(each.detach()) for each in model.parameters()), latents, times, *text]) as meter:
-        with torch.autocast("cpu", torch.bfloat16, enabled=case["precision"] == "autocast"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=case["precision"] != "fp32"):
             velocity = model(latents, times, model.encode_context(text))
         velocity.square().mean().backward()
         del velocity

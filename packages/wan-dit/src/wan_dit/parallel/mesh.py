@@ -10,13 +10,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from ..guidance import guided_velocity
 from .guidance import CfgParallel
@@ -89,22 +90,25 @@ def guidance_over(mesh: DeviceMesh) -> GuidedVelocity:
     return CfgParallel(group) if group is not None and group.size() > 1 else guided_velocity
 
 
-def shard(backbone: B, mesh: DeviceMesh) -> B:
+def shard(backbone: B, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> B:
     """Split the weights of a backbone over a mesh (FSDP): each block's are gathered while it runs.
 
     mesh: of one dimension, or of two: copies, and shards of each copy
+    dtype: what those of the blocks are gathered and computed with in; their gradients are reduced in fp32. None: as they are
     Keys and values of cross-attention are units of their own, since `encode_context` computes them outside the blocks.
     """
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # of the velocity, which nothing writes into
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)  # times stay fp32
+    unit = partial(fully_shard, mesh=mesh, mp_policy=policy)
     trunk = cast(nn.Module, backbone.trunk)
     for block in (*cast(nn.ModuleList, trunk.blocks), *getattr(trunk, "vace_blocks", ())):
         attention = block.cross_attn
         names = ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img")
-        fully_shard([child for name, child in attention.named_children() if name in names], mesh=mesh)
+        unit([child for name, child in attention.named_children() if name in names])
         for name in ("before_proj", "after_proj"):
             if getattr(block, name, None) is not None:
-                fully_shard(getattr(block, name), mesh=mesh)
-        fully_shard(block, mesh=mesh)
+                unit(getattr(block, name))
+        unit(block)
     fully_shard(backbone, mesh=mesh)
     register_fsdp_forward_method(backbone, "encode_context")
     return backbone

@@ -75,7 +75,7 @@ def states(job: Job, degrees: Degrees) -> list[Term]:
     if shards > 1 and job.lora:
         window = round(2 * device / job.blocks) if job.splits else 0
     elif shards > 1:  # a block that runs, one that arrives, gradients of one that are reduced in fp32; what is in no block stays gathered
-        window = job.block_parameters * (2 * gathered + gathered + 4) + job.outside * gathered
+        window = job.block_parameters * (2 * gathered + gathered + 4) + 4 * job.outside
     copies = 2 * linear if job.precision == "autocast" and not job.lora else 0
     return [
         Term("parameters", 4 * job.trained // shards, f"{job.trained:,} in fp32 over {shards}"),

@@ -68,12 +68,13 @@ def read(config: TrainConfig, gpus: int | None, size: tuple[int, int] | None = N
 
 
 def _precision(config: TrainConfig) -> Precision:
-    """A frozen base in bf16 or in 8 bits is computed with in bf16.
+    """A frozen base in bf16 or in 8 bits is computed with in bf16, as are weights of which all are trained where FSDP gathers them.
 
     `fp8` is planned as bf16 autocast. It makes no copies of the blocks' weights in bf16, which are counted, but operands in 8 bits and, for
     their casts, fp32, which are not: at the worst about 11 bytes a token and channel of the feed-forward layer, on a CPU. Time is bf16's.
     """
-    if config.objective.settings.get("base", "fp32") != "fp32":
+    settings = config.objective.settings
+    if settings.get("base", "fp32") != "fp32" or (config.precision == "bf16" and settings.get("train", "all") == "all"):
         return "bf16"
     return "fp32" if config.precision == "fp32" else "autocast"
 

@@ -79,8 +79,7 @@ def around_bytes(job: Job, shape: Shape) -> float:
     d, config = job.config.dim, job.config
     each = 16 * (config.in_dim + 2 * config.out_dim) + 4 * config.head_dim
     split = 4 * d if shape.own < shape.whole else 0
-    made = 4 * (7 * d * d + config.freq_dim * d) if job.precision == "bf16" and not job.lora else 0  # weights of the time layers, in fp32
-    return shape.whole * (each + split) - shape.own * split + made
+    return shape.whole * (each + split) - shape.own * split
 
 
 def backward_bytes(job: Job, shape: Shape, counts: Kept) -> float:
