@@ -38,9 +38,12 @@ TINY = {  # recipe -> trained part -> the package that carries it
     "tiny-vae-refine": {},
     "tiny-vae-mix": {},
     "tiny-vae-film": {},
-    "tiny-vae-decoder": {"vae": "wan-vae"},
+    "tiny-vae-decoder": {},
+    "tiny-vae-long": {},
+    "tiny-vae-finish": {"vae": "wan-vae"},
     "tiny-t2v": {},
-    "tiny-t2v-refine": {"backbone": "wan-dit", "text_encoder": "wan-text"},
+    "tiny-t2v-refine": {},
+    "tiny-t2v-polish": {"backbone": "wan-dit", "text_encoder": "wan-text"},
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tiny models are slower on more, above all where something else runs
 

@@ -88,8 +88,8 @@ def ratios(trial: Trial, tmp_path_factory: pytest.TempPathFactory) -> Path:
 CURVES = {
     "teacache:first=3,threshold={}": ((0.06, 0.12, 0.3), 0.3),
     "magcache:ratios=RATIOS,most=4,threshold={}": ((0.06, 0.15, 0.4), 0.4),
-    "easycache:first=3,threshold={}": ((0.03, 0.05, 0.2), 0.35),
-    "first-block:threshold={}": ((0.12, 0.15), 0.4),
+    "easycache:first=3,threshold={}": ((0.05, 0.1, 0.2), 0.35),
+    "first-block:threshold={}": ((0.11, 0.15), 0.4),
     "attention:first=3,every={}": ((2, 3, 4), 0.5),
     "cfg-gate:after={}": ((0.8, 0.6, 0.3), 0.3),
     "attention:every=2,first=3+cfg-gate:after={}": ((0.8, 0.3), 0.4),

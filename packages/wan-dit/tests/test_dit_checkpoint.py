@@ -120,7 +120,7 @@ def test_an_index_alone_tells_i2v_of_21_from_22(tmp_path: Path) -> None:
 
 def test_describe_reads_no_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"format": "wan-dit/1", **TINY.model_dump(mode="json")}))
-    assert describe(tmp_path).latent_space == "tiny-1"
+    assert describe(tmp_path).latent_space == "tiny-2"
 
 
 def test_the_built_in_model_is_what_the_plugin_lists() -> None:

@@ -59,7 +59,7 @@ def test_the_backbone_that_was_given_stays_as_it_is_and_its_weights_are_shared(t
     expected = velocity(backbone, tokens)
     adapted = with_context_embedder(backbone, embedder(tmp_path))
     assert (adapted.spec.text_dim, adapted.spec.embedding_space, adapted.spec.text_len) == (40, "acme-wide-1", 32)
-    assert (backbone.spec.text_dim, backbone.spec.embedding_space, backbone.fingerprint()) == (96, "tiny-1", before)
+    assert (backbone.spec.text_dim, backbone.spec.embedding_space, backbone.fingerprint()) == (96, "tiny-2", before)
     assert torch.equal(velocity(backbone, tokens), expected)
     assert adapted.trunk is backbone.trunk
     assert adapted.fingerprint() != before
@@ -89,9 +89,9 @@ def test_a_file_comes_back_to_the_bit(tmp_path: Path) -> None:
 def test_it_decides_which_text_encoders_fit(tmp_path: Path, acme: Path, backbone: Any) -> None:
     adapted = with_context_embedder(backbone, embedder(tmp_path)).spec
     wide, tiny = find("wan_text_encoders", "acme-wide"), find("wan_text_encoders", "tiny")
-    assert mismatch("wan_text_encoders", wide, backbone.spec).startswith("its embedding_space is acme-wide-1, the backbone needs tiny-1")
+    assert mismatch("wan_text_encoders", wide, backbone.spec).startswith("its embedding_space is acme-wide-1, the backbone needs tiny-2")
     assert mismatch("wan_text_encoders", wide, adapted) == ""
-    assert mismatch("wan_text_encoders", tiny, adapted).startswith("its embedding_space is tiny-1, the backbone needs acme-wide-1")
+    assert mismatch("wan_text_encoders", tiny, adapted).startswith("its embedding_space is tiny-2, the backbone needs acme-wide-1")
     short = with_context_embedder(backbone, embedder(tmp_path, most=8, seed=1)).spec
     assert mismatch("wan_text_encoders", wide, short) == "it makes up to 16 tokens, the backbone takes 8"
 

@@ -28,7 +28,7 @@ def contexts() -> dict[str, torch.Tensor]:
 def write(folder: Path, contexts: dict[str, torch.Tensor], **facts: Any) -> Path:
     """A context folder, written by hand."""
     folder.mkdir()
-    encoder = {"fingerprint": "f" * 64, "embedding_space": "tiny-1", "embed_dim": DIM, "max_tokens": 32, "cleaner": "x", "dtype": "float32"}
+    encoder = {"fingerprint": "f" * 64, "embedding_space": "tiny-2", "embed_dim": DIM, "max_tokens": 32, "cleaner": "x", "dtype": "float32"}
     (folder / "encoder.json").write_text(json.dumps({**encoder, **facts}))
     rows = []
     for i, (prompt, context) in enumerate(contexts.items()):

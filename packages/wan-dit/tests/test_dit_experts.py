@@ -150,7 +150,7 @@ def test_a_cache_is_told_of_the_experts(experts: dict[str, Any]) -> None:
 
 def test_both_experts_have_to_fit(experts: dict[str, Any]) -> None:
     other = replace(find("wan_backbones", "tiny"), name="other", latent_space="another")
-    with pytest.raises(ValueError, match="vae 'tiny' does not fit backbone 'other': its latent_space is tiny-1"):
+    with pytest.raises(ValueError, match="vae 'tiny' does not fit backbone 'other': its latent_space is tiny-2"):
         Pipeline(**{**experts, "low_noise_backbone": other})
 
 

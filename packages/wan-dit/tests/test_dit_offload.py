@@ -193,7 +193,7 @@ def test_what_cannot_be_offloaded_is_told(tmp_path: Path) -> None:
         load_offloaded("tiny", "disk")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="blocks_on_device is -1"):
         load_offloaded("tiny", "blocks", blocks_on_device=-1)
-    foreign = BackboneSpec("foreign", "collections:OrderedDict", "tiny-1", 16, (4, 8, 8), "tiny-1", 96, 32)
+    foreign = BackboneSpec("foreign", "collections:OrderedDict", "tiny-2", 16, (4, 8, 8), "tiny-2", 96, 32)
     with pytest.raises(ValueError, match="'foreign' is no Wan transformer with weights"):
         load_offloaded(foreign, "stream")
     with pytest.raises(ValueError, match=r"cannot write .* the weights are offloaded"):

@@ -28,9 +28,9 @@ def off(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize(("kind", "tiny", "middle"), [("int8", 0.015, 0.004), ("fp8", 0.045, 0.015)])
+@pytest.mark.parametrize(("kind", "tiny", "middle"), [("int8", 0.025, 0.004), ("fp8", 0.1, 0.015)])
 def test_how_far_results_move(kind: str, tiny: float, middle: float, tmp_path: Path) -> None:
-    """Measured: tiny 0.8 % and 2.7 %, a random model of width 512 0.1 % and 0.6 %; bf16 moves them by 0.5 % and 0.3 %."""
+    """Measured: tiny 1.5 % and 6.5 %, a random model of width 512 0.1 % and 0.6 %; bf16 moves them by 0.6 % and 0.3 %."""
     model(MIDDLE).save_pretrained(tmp_path)
     for ref, bound in (("tiny", tiny), (str(tmp_path), middle)):
         moved = off(velocity(load_backbone(ref, quantise=kind)), velocity(load_backbone(ref)))
@@ -105,7 +105,7 @@ def test_loras_go_on_live_and_are_not_merged(tmp_path: Path) -> None:
 def test_what_cannot_be_quantised_is_told() -> None:
     with pytest.raises(ValueError, match="unknown quantisation 'int4', expected fp8 or int8"):
         load_backbone("tiny", quantise="int4")
-    foreign = BackboneSpec("foreign", "collections:OrderedDict", "tiny-1", 16, (4, 8, 8), "tiny-1", 96, 32)
+    foreign = BackboneSpec("foreign", "collections:OrderedDict", "tiny-2", 16, (4, 8, 8), "tiny-2", 96, 32)
     with pytest.raises(ValueError, match="'foreign' is no Wan transformer with weights"):
         load_spec(foreign, quantise="int8")
 

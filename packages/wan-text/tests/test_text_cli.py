@@ -45,7 +45,7 @@ def test_encode_writes_what_the_encoder_returns(tmp_path: Path, capsys: pytest.C
         torch.testing.assert_close(found[sha256(prompt)], expected, atol=2e-6, rtol=0)
     facts = json.loads((folder / "encoder.json").read_text())
     assert facts["fingerprint"] == tiny.fingerprint()
-    assert (facts["embedding_space"], facts["embed_dim"], facts["max_tokens"], facts["dtype"]) == ("tiny-1", 96, 32, "float32")
+    assert (facts["embedding_space"], facts["embed_dim"], facts["max_tokens"], facts["dtype"]) == ("tiny-2", 96, 32, "float32")
     assert facts["cleaner"].startswith("lower/ftfy-")
     rows = read_index(folder)
     assert rows[sha256("")]["tokens"] == 1

@@ -120,5 +120,5 @@ def test_the_built_in_encoder_knows_every_caption_word_as_one_piece() -> None:
     lower, capital, full_stop = tiny.encode(["a red circle moves left", "A Red circle  moves LEFT", "a red circle moves left."])
     assert torch.equal(lower, capital)
     assert len(full_stop) == len(lower) + 1 == 7
-    assert tiny.spec.embedding_space == "tiny-1"
+    assert tiny.spec.embedding_space == "tiny-2"
     assert not tiny.training

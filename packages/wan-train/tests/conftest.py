@@ -77,7 +77,7 @@ def micro_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = VAEConfig(
         base_dim=4, decoder_base_dim=4, z_dim=4, dim_mult=(1, 2, 2), temporal_downsample=(True, True), num_res_blocks=1,
-        residual=True, patch_size=2, latents_mean=(0.0,) * 4, latents_std=(0.5,) * 4, latent_space="tiny-1",
+        residual=True, patch_size=2, latents_mean=(0.0,) * 4, latents_std=(0.5,) * 4, latent_space="tiny-2",
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("parts") / "vae"
     WanVAE(config).save_pretrained(folder)
@@ -89,7 +89,7 @@ def nonzero(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a backbone of 4 heads over these latents, in which no tensor is zero."""
     config = DiTConfig(
         dim=48, ffn_dim=64, freq_dim=32, text_dim=96, text_len=32, num_heads=4, num_layers=2, in_dim=4, out_dim=4,
-        latent_space="tiny-1", embedding_space="tiny-1",
+        latent_space="tiny-2", embedding_space="tiny-2",
     )  # fmt: skip
     model, generator = WanDiT(config), torch.Generator().manual_seed(0)
     with torch.no_grad():

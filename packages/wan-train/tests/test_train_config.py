@@ -91,7 +91,7 @@ def test_what_is_not_toml_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tiny-vea", "folder/recipe.toml"])
 def test_an_unknown_recipe_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"no recipe '{name}'.*tiny-t2v, tiny-t2v-refine, tiny-vae"):
+    with pytest.raises(FileNotFoundError, match=rf"no recipe '{name}'.*tiny-t2v, tiny-t2v-polish, tiny-t2v-refine, tiny-vae"):
         TrainConfig.from_toml(name)
 
 

@@ -334,6 +334,6 @@ def test_wrong_settings_are_told_in_one_line(objective_of: Make, settings: dict[
 
 
 def test_a_base_of_another_package_is_refused() -> None:
-    foreign = BackboneSpec("foreign", "collections:OrderedDict", "tiny-1", 16, (4, 8, 8), "tiny-1", 96, 32)
+    foreign = BackboneSpec("foreign", "collections:OrderedDict", "tiny-2", 16, (4, 8, 8), "tiny-2", 96, 32)
     with pytest.raises(ValueError, match="'foreign' is no Wan transformer with weights"):
         load_base(foreign, "int8", 0, "cpu", "lora")

@@ -69,7 +69,7 @@ def clip() -> Tensor:
 @pytest.mark.parametrize("task", ["i2v", "flf2v", "continuation"])
 def test_the_channels_are_those_that_a_generation_is_given(encode: Callable[[Tensor], Tensor], clip: Tensor, task: Any) -> None:
     """The tasks of wan-dit are asked with the frames of the clip themselves."""
-    backbone = DiTConfig(**MICRO, latent_space="tiny-1", embedding_space="tiny-1").spec()
+    backbone = DiTConfig(**MICRO, latent_space="tiny-2", embedding_space="tiny-2").spec()
     target = Target(find("wan_models", "tiny"), backbone, (16, 16), 9)
     known = known_frames(task, 9, 4, seeded(1))
     count = int(known.sum())
@@ -177,7 +177,7 @@ def test_the_loss_sees_the_known_frames_and_their_draws_are_the_samples_own(make
 
 def test_a_pretrained_backbone_gets_inputs_of_weight_zero_and_computes_what_it_did(make: Make, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    model = WanDiT(DiTConfig(**{**MICRO, "in_dim": 4, "text_dim": 96, "text_len": 32}, latent_space="tiny-1", embedding_space="tiny-1"))
+    model = WanDiT(DiTConfig(**{**MICRO, "in_dim": 4, "text_dim": 96, "text_len": 32}, latent_space="tiny-2", embedding_space="tiny-2"))
     model.init_weights()
     nn.init.normal_(model.head.proj.weight, std=0.1)
     model.save_pretrained(tmp_path / "t2v")

@@ -36,7 +36,7 @@ FOLDER = Path(str(files("wan_train") / "recipes"))
 RECIPES = [file.stem for file in sorted(FOLDER.glob("wan2*.toml")) if TrainConfig.from_toml(file.stem).objective.name == "rectified-flow"]
 UMT5 = 2 * 5_680_910_336  # bytes of the text encoder in bf16, which every GPU holds beside what a plan counts
 SMALL = {
-    "dim": 32, "ffn_dim": 32, "freq_dim": 16, "num_heads": 2, "num_layers": 1, "text_dim": 96, "text_len": 32, "embedding_space": "tiny-1",
+    "dim": 32, "ffn_dim": 32, "freq_dim": 16, "num_heads": 2, "num_layers": 1, "text_dim": 96, "text_len": 32, "embedding_space": "tiny-2",
 }  # fmt: skip
 START = re.compile(
     r"^#(?: Start on .*:)? +(?:torchrun --nnodes (\d+) --nproc-per-node (\d+) .*-m wan_train|wan-train) run (\S+)(?: --nproc (\d+))?$", re.M

@@ -60,7 +60,7 @@ def test_codec_of_a_latent_file_is_looked_up_by_name_only(run: Run, film: Film, 
     WanVAE().save_pretrained(tmp_path / "mine")
     code, _, err = run("encode", "film.mp4", "a.safetensors", "--codec", "./mine")
     assert (code, err) == (0, "")
-    assert LatentFile.open("a.safetensors").info.codec == "tiny-1", "a path means nothing elsewhere"
+    assert LatentFile.open("a.safetensors").info.codec == "tiny-2", "a path means nothing elsewhere"
     code, _, err = run("decode", "a.safetensors", "a.mp4")  # no registered name, but tiny shares its latent space
     assert code == 0
     assert "was encoded with other weights" in err
@@ -115,7 +115,7 @@ def test_outputs_are_not_overwritten_unasked(run: Run, film: Film) -> None:
         ("decode film.mp4", "'film.mp4' is not a latent file"),
         ("decode folder", "'folder' is not a latent file: it is a folder"),
         ("decode latents.safetensors --lossless --crf 3", "argument --crf: not allowed with argument --lossless"),
-        ("decode latents.safetensors --codec tiny", "latents of the space 'shuffle-1', but 'tiny' decodes 'tiny-1'"),
+        ("decode latents.safetensors --codec tiny", "latents of the space 'shuffle-1', but 'tiny' decodes 'tiny-2'"),
         ("decode latents.safetensors", "no vae named 'shuffle' (installed: taew2_1, taew2_2, tiny, wan2.1, wan2.2)"),
         (f"decode latents.safetensors film.xyz --codec {SHUFFLE}", "cannot write a video to 'film.xyz'"),
         ("info nothing.mp4", "no video file at 'nothing.mp4'"),
@@ -211,7 +211,7 @@ def test_info(run: Run, film: Film, tmp_path: Path) -> None:
     WanVAE().save_pretrained(tmp_path / "mine")
     for path in ("mine", "mine/model.safetensors"):
         (facts,) = json.loads(run("info", path, "--json")[1])
-        assert (facts["kind"], facts["latent_space"], facts["channels"]) == ("checkpoint", "tiny-1", 16)
+        assert (facts["kind"], facts["latent_space"], facts["channels"]) == ("checkpoint", "tiny-2", 16)
     assert re.search(r"^frames +7$", run("info", "film.mp4")[1], re.MULTILINE)
     run("decode", "film.safetensors", "pictures", "--codec", SHUFFLE)
     (facts,) = json.loads(run("info", "pictures", "--json")[1])

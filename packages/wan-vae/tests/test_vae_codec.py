@@ -127,7 +127,7 @@ def test_latents_are_stored_in_the_type_asked_for(film: Film, tmp_path: Path, dt
 def test_latents_of_another_space_are_refused_and_other_weights_warned_of(film: Film, tiny: WanVAE, tmp_path: Path) -> None:
     latents, back = tmp_path / "film.safetensors", tmp_path / "back.mp4"
     VideoCodec(ShuffleVAE()).encode_file(film(), latents)
-    with pytest.raises(ValueError, match=r"space 'shuffle-1' \(codec 'shuffle'\), but 'mine' decodes 'tiny-1'"):
+    with pytest.raises(ValueError, match=r"space 'shuffle-1' \(codec 'shuffle'\), but 'mine' decodes 'tiny-2'"):
         VideoCodec(tiny, name="mine").decode_file(latents, back)
     assert not back.exists()
     VideoCodec(tiny).encode_file(film(), latents)

@@ -100,8 +100,8 @@ TINY = DiTConfig(
     text_len=32,
     num_heads=4,
     num_layers=6,
-    latent_space="tiny-1",
-    embedding_space="tiny-1",
+    latent_space="tiny-2",
+    embedding_space="tiny-2",
 )
 # Wan2.1: text to video; with image conditioning (CLIP, mask and image latents) or VACE blocks besides
 T2V_1_3B = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)

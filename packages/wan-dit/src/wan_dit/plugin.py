@@ -90,10 +90,10 @@ _BACKBONES = (
     _Backbone(
         "tiny",
         parameters=1_564_352,
-        latent_space="tiny-1",
+        latent_space="tiny-2",
         latent_channels=16,
         stride=(4, 8, 8),
-        embedding_space="tiny-1",
+        embedding_space="tiny-2",
         text_dim=96,
         text_len=32,
         in_channels=16,

@@ -45,7 +45,7 @@ class UMT5Config(BaseModel):
 XXL = UMT5Config(vocab_size=256384, dim=4096, dim_attn=4096, dim_ffn=10240, num_heads=64, num_layers=24, embedding_space="umt5-xxl")
 # the built-in encoder: small enough to train with the backbone on a CPU; it lower-cases, so capitals never matter
 TINY = UMT5Config(
-    vocab_size=448, dim=96, dim_attn=96, dim_ffn=192, num_heads=4, num_layers=2, max_tokens=32, embedding_space="tiny-1", cleaning="lower"
+    vocab_size=448, dim=96, dim_attn=96, dim_ffn=192, num_heads=4, num_layers=2, max_tokens=32, embedding_space="tiny-2", cleaning="lower"
 )
 
 

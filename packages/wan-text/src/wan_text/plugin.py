@@ -28,7 +28,7 @@ def wan_text_encoders() -> list[TextEncoderSpec]:
         ),
         _Spec(
             name="tiny",
-            embedding_space="tiny-1",
+            embedding_space="tiny-2",
             embed_dim=96,
             max_tokens=32,
             weights="pkg:wan_text/weights/tiny",

@@ -23,7 +23,7 @@ UMT5_TARGET = "wan_text.encoder:TextEncoder"
 class TextEncoderSpec(ModelSpec):
     """A text encoder.
 
-    embedding_space: tag of the space; equal width is not equal space (`"umt5-xxl"`, `"tiny-1"`)
+    embedding_space: tag of the space; equal width is not equal space (`"umt5-xxl"`, `"tiny-2"`)
     embed_dim: width of a context token
     max_tokens: longest context, the end token included
     """

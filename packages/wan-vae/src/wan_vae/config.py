@@ -67,6 +67,6 @@ WAN22 = VAEConfig(
 )  # fmt: skip
 TINY = VAEConfig(
     base_dim=16, decoder_base_dim=16, z_dim=16, dim_mult=(1, 2, 2), temporal_downsample=(True, True),
-    num_res_blocks=1, residual=True, patch_size=2, latent_space="tiny-1",
+    num_res_blocks=1, residual=True, patch_size=2, latent_space="tiny-2",
 )  # fmt: skip
 PRESETS = {"wan2.1": WAN21, "wan2.2": WAN22, "tiny": TINY}

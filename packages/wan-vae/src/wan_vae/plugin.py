@@ -37,7 +37,7 @@ def wan_vaes() -> list[VAESpec]:
         ),
         _Spec(
             name="tiny",
-            latent_space="tiny-1",
+            latent_space="tiny-2",
             latent_channels=16,
             stride=(4, 8, 8),
             weights="pkg:wan_vae/weights/tiny",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class VAESpec(ModelSpec):
     """A video VAE.
 
-    latent_space: tag of the space; parts with one tag are interchangeable (`"wan2.1"`, `"wan2.2"`, `"tiny-1"`)
+    latent_space: tag of the space; parts with one tag are interchangeable (`"wan2.1"`, `"wan2.2"`, `"tiny-2"`)
     latent_channels: channels of a latent
     stride: pixels per latent in (time, height, width); T frames become 1 + (T - 1) / stride[0] latent frames
     parameters: how many it has, None where that is not known; no part of what it is
