@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from wan_train.data.buckets import Bucket, Buckets, Budget
-from wan_train.data.cache import BucketOf, Cache
+from wan_train.data.cache import Cache, Wanted
 from wan_train.data.folder import Folder
 from wan_train.data.mix import Mix
 from wan_train.data.sampler import Position, Sampler
@@ -42,24 +42,24 @@ def vae(micro_vae: Path) -> WanVAE:
     return WanVAE.from_pretrained(micro_vae)
 
 
-def bucket_of(index: int) -> Bucket:
-    return BUCKET
+def wanted(data: Any) -> Wanted:
+    return [(index, BUCKET) for index in range(len(data))]
 
 
 def filled(tmp_path: Path, clips: Path, vae: Any, encoder: Any = None) -> Cache:
     cache = Cache(tmp_path / "cache", vae=vae, text_encoder=encoder or Encoder())
-    cache.fill(Folder(clips), bucket_of)
+    cache.fill(Folder(clips), wanted(Folder(clips)))
     return cache
 
 
 def test_each_picture_and_caption_is_made_once(tmp_path: Path, clips: Path, vae: WanVAE) -> None:
     encoder, data = Encoder(), Folder(clips)
     cache, ticks = Cache(tmp_path / "cache", vae=vae, text_encoder=encoder), []
-    done = cache.fill(data, bucket_of, lambda: ticks.append(1))
+    done = cache.fill(data, wanted(data), lambda: ticks.append(1))
     assert (done.made, done.present, done.failed) == (5 + 5, 0, {})
     assert sorted(encoder.calls) == ["", "and another", "caption 3", "caption 4", "the same"]
     assert len(ticks) == 10
-    again = cache.fill(data, bucket_of)
+    again = cache.fill(data, wanted(data))
     assert (again.made, again.present) == (0, 10)
     assert len(encoder.calls) == 5
 
@@ -107,15 +107,15 @@ def test_damage_is_found_on_reading_and_mended(tmp_path: Path, clips: Path, vae:
     bytes_ = bytearray(path.read_bytes())
     bytes_[-1] ^= 1
     path.write_bytes(bytes_)
-    assert cache.status(data, bucket_of).damaged == {}  # headers alone are read
-    found = cache.status(data, bucket_of, verify=True)
+    assert cache.status(data, wanted(data)).damaged == {}  # headers alone are read
+    found = cache.status(data, wanted(data), verify=True)
     assert list(found.damaged) == [path.stem]
     assert len(found.present) == 9
     with pytest.warns(RuntimeWarning, match="does not match its checksum; it is made anew"):
         assert torch.equal(cache.latents(data, 0, BUCKET), whole)
-    assert cache.status(data, bucket_of, verify=True).damaged == {}
+    assert cache.status(data, wanted(data), verify=True).damaged == {}
     path.write_bytes(b"")
-    assert "damaged" in cache.status(data, bucket_of).damaged[path.stem]
+    assert "damaged" in cache.status(data, wanted(data)).damaged[path.stem]
     with pytest.warns(RuntimeWarning, match="made anew"):
         assert torch.equal(cache.latents(data, 0, BUCKET), whole)
 
@@ -142,20 +142,22 @@ def test_what_is_stale_is_told_with_its_reason_and_pruned(tmp_path: Path, clips:
     (clips / "4.txt").write_text("new words")
     Image.new("RGB", (24, 20)).save(clips / "3.png")
     changed = Cache(tmp_path / "cache", vae=vae, text_encoder=Encoder())
-    found = changed.status(Folder(clips), bucket_of)
+    found = changed.status(Folder(clips), wanted(Folder(clips)))
     assert sorted(found.stale.values()) == ["no sample has this caption", "no sample has this source, part and bucket"]
     assert (len(found.present), len(found.missing)) == (8, 2)
     retrained = Cache(tmp_path / "cache", vae=vae.reinitialised(), text_encoder=Encoder(2.0))
-    stale = retrained.status(Folder(clips), bucket_of).stale
+    stale = retrained.status(Folder(clips), wanted(Folder(clips))).stale
     assert sorted(stale.values()) == ["made by another text_encoder"] * 5 + ["made by another vae"] * 5
     only_text = Cache(tmp_path / "cache", text_encoder=Encoder())
-    assert set(only_text.status(Folder(clips), bucket_of).stale.values()) == {"no sample has this caption"}  # latents are not judged
+    assert set(only_text.status(Folder(clips), wanted(Folder(clips))).stale.values()) == {
+        "no sample has this caption"
+    }  # latents are not judged
     scratch = cache.files.path("ab" * 32).with_name(".abab.1234.safetensors")
     scratch.parent.mkdir(exist_ok=True)
     scratch.write_bytes(b"half")
     assert changed.prune(found) == 3
     assert not scratch.exists()
-    assert changed.status(Folder(clips), bucket_of).stale == {}
+    assert changed.status(Folder(clips), wanted(Folder(clips))).stale == {}
     assert len(list(cache.files.keys())) == 8
 
 
@@ -164,7 +166,7 @@ def test_a_sample_that_cannot_be_read_is_noted_and_the_rest_goes_on(tmp_path: Pa
     data.identity(2)
     (clips / "2.png").write_bytes((clips / "2.png").read_bytes()[:200])
     cache = Cache(tmp_path / "cache", vae=vae)
-    done = cache.fill(data, bucket_of)
+    done = cache.fill(data, wanted(data))
     assert list(done.failed) == [2]
     assert "2.png" in done.failed[2]
     assert done.made == 4
@@ -195,13 +197,13 @@ def test_a_joint_stage_draws_stacks_and_keeps_pictures_films_and_rendered_clips(
         latents = torch.stack([cache.latents(mix, index, micro.bucket) for index in micro.samples])
         assert latents.shape == (len(micro.samples), 4, 1 + (micro.bucket.frames - 1) // 4, *latents.shape[3:])
     before = set(cache.files.keys())
-    assert cache.fill(mix, bucket).present == len(before)
+    assert cache.fill(mix, wanted_in(shapes, mix)).present == len(before)
     alone = Cache(tmp_path / "cache", vae=vae)
-    assert alone.fill(Folder(clips), shapes_of(shapes, Folder(clips))).made == 0  # the same files outside the mix
+    assert alone.fill(Folder(clips), wanted_in(shapes, Folder(clips))).made == 0  # the same files outside the mix
 
 
-def shapes_of(shapes: Buckets, data: Folder) -> BucketOf:
-    return lambda index: shapes.of(data.info(index))
+def wanted_in(shapes: Buckets, data: Any) -> Wanted:
+    return [(index, shapes.of(data.info(index))) for index in range(len(data))]
 
 
 class Unknown:

@@ -16,9 +16,7 @@ from wan_train.data.buckets import Bucket
 from wan_train.data.cache import Cache
 from wan_train.data.tensor_files import key_of
 
-
-def bucket_of(index: int) -> Bucket:
-    return Bucket(1, 16, 16)
+WANTED = [(index, Bucket(1, 16, 16)) for index in range(40)]
 
 
 def context_of(prompt: str) -> Tensor:
@@ -55,7 +53,7 @@ class Prompts:
 
 def work(folder: Path, log: Path, seconds: float) -> None:
     torch.set_num_threads(1)
-    Cache(folder, text_encoder=Slow(log, seconds)).fill(Prompts(), bucket_of)
+    Cache(folder, text_encoder=Slow(log, seconds)).fill(Prompts(), WANTED)
 
 
 @pytest.fixture
@@ -85,7 +83,7 @@ def test_processes_share_the_work_and_none_of_it_is_done_twice(tmp_path: Path, s
         process.join()
         assert process.exitcode == 0
     assert sorted(log.read_text().splitlines()) == sorted(["", *(f"prompt {i}" for i in range(40))])
-    found = Cache(tmp_path / "cache", text_encoder=Slow(log, 0)).status(Prompts(), bucket_of, verify=True)
+    found = Cache(tmp_path / "cache", text_encoder=Slow(log, 0)).status(Prompts(), WANTED, verify=True)
     assert (len(found.present), found.missing, found.stale, found.damaged) == (41, [], {}, {})
 
 
@@ -98,10 +96,10 @@ def test_a_killed_process_leaves_nothing_half_done_and_its_work_is_taken_up(tmp_
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        assert cache.status(Prompts(), bucket_of, verify=True).damaged == {}
+        assert cache.status(Prompts(), WANTED, verify=True).damaged == {}
     (last,) = started(1, tmp_path / "cache", log, 0.0)
     last.join()
-    found = cache.status(Prompts(), bucket_of, verify=True)
+    found = cache.status(Prompts(), WANTED, verify=True)
     assert (len(found.present), found.missing, found.damaged) == (41, [], {})
     assert len(log.read_text().splitlines()) <= 41 + 4  # at most the one that each was at is done again
     assert torch.equal(cache.context("prompt 7"), context_of("prompt 7"))
@@ -112,10 +110,10 @@ def test_what_another_process_made_between_two_looks_is_not_made_again(tmp_path:
     claimed = cache.files.claimed
 
     def late(key: str, *, wait: bool = False) -> Any:
-        facts = next(facts for facts, _ in cache.needed(Prompts(), bucket_of) if key_of(facts) == key)
+        facts = next(facts for facts, _ in cache.needed(Prompts(), WANTED) if key_of(facts) == key)
         cache.files.write(facts, torch.ones(1))
         return claimed(key, wait=wait)
 
     monkeypatch.setattr(cache.files, "claimed", late)
-    done = cache.fill(Prompts(), bucket_of)
+    done = cache.fill(Prompts(), WANTED)
     assert (done.made, done.present, (tmp_path / "log").exists()) == (0, 41, False)

@@ -92,9 +92,9 @@ def test_samples_are_those_of_the_unpacked_folder_to_the_bit(shards: Path, tmp_p
 def test_a_cache_of_the_unpacked_folder_holds_for_the_tars(shards: Path, tmp_path: Path, micro_vae: Path) -> None:
     cache = Cache(tmp_path / "cache", vae=WanVAE.from_pretrained(micro_vae), text_encoder=None)
     tars, files = WebDataset(shards, **CUT), Folder(unpack(shards, tmp_path / "unpacked"), **CUT)
-    done = cache.fill(files, lambda i: Bucket(files.info(i).frames, 16, 32))
+    done = cache.fill(files, [(i, Bucket(files.info(i).frames, 16, 32)) for i in range(len(files))])
     assert (done.made, done.present) == (11, 0)
-    done = cache.fill(tars, lambda i: Bucket(tars.info(i).frames, 16, 32))
+    done = cache.fill(tars, [(i, Bucket(tars.info(i).frames, 16, 32)) for i in range(len(tars))])
     assert (done.made, done.present) == (0, 11)
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_dit._shared.cli import add_common, show
 
-from .data_source import Source, add_source, buckets, source
+from .data_source import Source, add_source, seen, sources
 
 if TYPE_CHECKING:
-    from .data.cache import BucketOf, Cache
+    from .config import TrainConfig
+    from .data.buckets import Bucket
+    from .data.cache import Cache, Wanted
+    from .data.mix import Mix
 
 TEXT = (
-    "Encode the samples and captions of a data set once. What is there is not made again; several processes may work on one "
-    "folder, started by hand, and one that was killed is started again."
+    "Encode the samples and captions of a data set once, or those of all data sets of a recipe in the shapes of all its stages. What is "
+    "there is not made again; several processes may work on one folder, started by hand, and one that was killed is started again."
 )
 
 
@@ -39,37 +43,45 @@ def add_cache(commands: Any) -> None:
 
 def _cache(args: argparse.Namespace) -> int:
     from .data.cache import Cache
+    from .data.mix import Mix
 
-    given = source(args.source, args.overrides)
-    folder = Path(args.output) if args.output else given.output and given.output / "cache"
+    given, config = sources(args.source, args.overrides)
+    folder = Path(args.output) if args.output else config and config.output / "cache"
     if not folder:
         raise ValueError("say where the cache of a folder goes: --output DIR")
-    dataset = given.open()
-    bucket_of = _bucket_of(args, given, dataset)
-    vae = _part("wan_vaes", args.vae or given.objective.get("vae", "tiny"), "fp32", args.device)  # as in a run
-    text_encoder = _part("wan_text_encoders", args.text_encoder or given.objective.get("text_encoder", "tiny"), args.dtype, args.device)
+    mix, parts = Mix({source.name: source.open() for source in given}), config.objective.settings if config else {}
+    wanted = _wanted(args, given, config, mix)
+    vae = _part("wan_vaes", args.vae or parts.get("vae", "tiny"), "fp32", args.device)  # as in a run
+    text_encoder = _part("wan_text_encoders", args.text_encoder or parts.get("text_encoder", "tiny"), args.dtype, args.device)
     cache = Cache(folder, vae=vae, text_encoder=text_encoder)
     if args.status or args.verify or args.prune:
-        return _tell(cache, dataset, bucket_of, args)
-    return _fill(cache, dataset, bucket_of, args.json)
+        return _tell(cache, mix, wanted, args)
+    return _fill(cache, mix, wanted, args.json)
 
 
-def _bucket_of(args: argparse.Namespace, given: Source, dataset: Any) -> BucketOf:
-    """The shape of each sample. ValueError where none is asked for and the data set has no size of its own."""
-    from .data.buckets import Bucket, Info
+def _wanted(args: argparse.Namespace, given: Sequence[Source], config: TrainConfig | None, mix: Mix) -> Wanted:
+    """Samples with the shapes that a run brings them to. ValueError where none is asked for and the data set has no size of its own."""
+    for source, dataset in zip(given, mix.datasets, strict=True):
+        if lacking := [name for name in ("clip", "info") if not hasattr(dataset, name)]:
+            what = "gives no clips of a bucket" if "clip" in lacking else "has no `info` of its samples"
+            raise ValueError(f"data set '{source.dataset}' {what}, which a cache needs")
+    if found := seen(args, given, config, mix):
+        return [(index, each.bucket(index)) for each in found for index in each.samples]
+    several = len(given) > 1  # which a run without stages brings to one shape, that of the first
+    return [(index, _own(given[0], mix, 0 if several else index)) for index in range(len(mix))]
+
+
+def _own(source: Source, mix: Mix, index: int) -> Bucket:
+    """The shape that a sample of a data set has without a bucket."""
+    from .data.buckets import Bucket
     from .data.folder import Folder
 
-    if not hasattr(dataset, "clip"):
-        raise ValueError(f"data set '{given.dataset}' gives no clips of a bucket, which a cache needs")
-    shapes = buckets(args, given.settings.get("frames", 81))
-    if shapes:
-        return lambda index: shapes.of(Info(*dataset.info(index)))
-    if not isinstance(dataset, Folder):
-        return lambda index: Bucket(*dataset.info(index)[:3])
-    size = given.settings.get("size")
+    info, size = mix.info(index), source.settings.get("size")
+    if not isinstance(mix.datasets[0], Folder):
+        return Bucket(*info[:3])
     if not size:
         raise ValueError("say what size samples are brought to: --size WxH, or the data set's own setting size = [height, width]")
-    return lambda index: Bucket(dataset.info(index)[0], *size)
+    return Bucket(info.frames, *size)
 
 
 def _part(kind: str, name: str, dtype: str | None, device: str) -> Any:
@@ -81,11 +93,11 @@ def _part(kind: str, name: str, dtype: str | None, device: str) -> Any:
     return None if name == "none" else find(kind, name).load(dtype=types[dtype], device=device)
 
 
-def _fill(cache: Cache, dataset: Any, bucket_of: BucketOf, as_json: bool) -> int:
+def _fill(cache: Cache, mix: Mix, wanted: Wanted, as_json: bool) -> int:
     from tqdm import tqdm
 
     with tqdm(desc="encoded", unit="", disable=not sys.stderr.isatty()) as bar:
-        done = cache.fill(dataset, bucket_of, bar.update)
+        done = cache.fill(mix, wanted, bar.update)
     row = {"made": done.made, "present": done.present, "failed": len(done.failed)}
     show([{**row, "failures": list(done.failed.values())} if as_json else row], as_json=as_json)
     for message in done.failed.values():
@@ -93,8 +105,8 @@ def _fill(cache: Cache, dataset: Any, bucket_of: BucketOf, as_json: bool) -> int
     return 2 if done.failed else 0
 
 
-def _tell(cache: Cache, dataset: Any, bucket_of: BucketOf, args: argparse.Namespace) -> int:
-    found = cache.status(dataset, bucket_of, verify=args.verify or args.prune)
+def _tell(cache: Cache, mix: Mix, wanted: Wanted, args: argparse.Namespace) -> int:
+    found = cache.status(mix, wanted, verify=args.verify or args.prune)
     rows = [{"state": "present", "files": len(found.present), "why": ""}, {"state": "missing", "files": len(found.missing), "why": ""}]
     for state, keys in (("stale", found.stale), ("damaged", found.damaged)):
         reasons = list(keys.values()) if state == "stale" else ["its content does not match its name or checksum"] * len(keys)

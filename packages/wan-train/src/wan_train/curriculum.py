@@ -6,7 +6,8 @@ as far as it goes on a plateau. The order of samples in a stage is its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from .config import StageConfig, TrainConfig
@@ -58,7 +59,7 @@ class Curriculum:
             samples = self.order.take(self.taken, count)
             self.taken += count
             return [Micro(None, tuple(samples))]  # type: ignore[arg-type]  # one shape, which the objective knows
-        micros, self.position = self._sampler().step(self.position)
+        micros, self.position = self.sampler(self.index).step(self.position)
         self.taken += sum(len(micro.samples) for micro in micros)
         return micros
 
@@ -70,25 +71,39 @@ class Curriculum:
         self.index, self.taken = state["index"], state["taken"]
         self.position = Position(state["epoch"], state["place"])
 
-    def _sampler(self) -> Sampler:
-        if self.index not in self._samplers:
-            stage = self.config.stages[self.index]
-            buckets = Buckets(video=stage.video, image=stage.image, frames=stage.frames, grid=self.grid)
-            budget = Budget(stage.tokens, stage.squared, self.grid)
-            batch = stage.batch_size or (0 if stage.micro_batches else self.config.batch_size)
-            most = min((count for count in (stage.samples, batch) if count), default=0)  # more would be several steps of one shape
-            self._samplers[self.index] = Sampler(
-                self._groups(stage),
-                lambda sample: buckets.of(self.dataset.info(sample)),
-                lambda bucket: min(budget(bucket), most or budget(bucket)),
-                batch_size=batch,
-                micro_batches=stage.micro_batches, seed=self.config.seed, stage=stage.name,
-            )  # fmt: skip
-        return self._samplers[self.index]
+    def sampler(self, index: int) -> Sampler:
+        """What the stage at `index` draws, and the shape of each sample. ValueError that names the stage, there and in what it calls."""
+        if index not in self._samplers:
+            stage = self.config.stages[index]
+            with _in_stage(stage.name):
+                self._samplers[index] = self._sampler(stage)
+        return self._samplers[index]
+
+    def _sampler(self, stage: StageConfig) -> Sampler:
+        buckets = Buckets(video=stage.video, image=stage.image, frames=stage.frames, grid=self.grid)
+        budget = Budget(stage.tokens, stage.squared, self.grid)
+        batch = stage.batch_size or (0 if stage.micro_batches else self.config.batch_size)
+        most = min((count for count in (stage.samples, batch) if count), default=0)  # more would be several steps of one shape
+        return Sampler(
+            self._groups(stage),
+            _in_stage(stage.name)(lambda sample: buckets.of(self.dataset.info(sample))),
+            _in_stage(stage.name)(lambda bucket: min(budget(bucket), most or budget(bucket))),
+            batch_size=batch,
+            micro_batches=stage.micro_batches, seed=self.config.seed, stage=stage.name,
+        )  # fmt: skip
 
     def _groups(self, stage: StageConfig) -> Sequence[Group]:
         mix = self.dataset if isinstance(self.dataset, Mix) else Mix({"data": self.dataset})
         return mix.groups(stage.weights)
+
+
+@contextmanager
+def _in_stage(name: str) -> Iterator[None]:
+    """Say of which stage an error is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"stage '{name}': {error}") from error
 
 
 def _check(stages: Sequence[StageConfig], steps: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .buckets import Bucket
 from .mix import clip_of, identity
 from .tensor_files import Facts, TensorFiles, key_of
 
-BucketOf = Callable[[int], Bucket]
+Wanted = Iterable[tuple[int, Bucket]]  # samples, each with a bucket that it is brought to; one sample may be brought to several
 
 
 @dataclass
@@ -71,36 +71,39 @@ class Cache:
     def context_facts(self, prompt: str) -> Facts:
         return {"kind": "context", "text": prompt, "text_encoder": self._parts["text_encoder"]}
 
-    def needed(self, dataset: Any, bucket_of: BucketOf) -> Iterator[tuple[Facts, int | str]]:
-        """What a run over a data set asks for, each once: the facts of latents with the sample, those of contexts with the prompt."""
-        seen: set[str] = set()
-        for index in range(len(dataset)) if self.vae is not None else ():
-            facts = self.latent_facts(dataset, index, bucket_of(index))
+    def needed(self, dataset: Any, wanted: Wanted) -> Iterator[tuple[Facts, int | str]]:
+        """What a run over samples asks for, each once: the facts of latents with the sample, those of contexts with the prompt."""
+        seen, samples = set[str](), dict[int, None]()
+        for index, bucket in wanted:
+            samples[index] = None
+            if self.vae is None:
+                continue
+            facts = self.latent_facts(dataset, index, bucket)
             if (key := key_of(facts)) not in seen:
                 seen.add(key)
                 yield facts, index
         if self.text_encoder is not None:
-            prompts = (caption for index in range(len(dataset)) for caption in dataset.captions(index))
+            prompts = (caption for index in samples for caption in dataset.captions(index))
             for prompt in dict.fromkeys(("", *prompts)):  # the empty one for guidance
                 yield self.context_facts(prompt), prompt
 
-    def fill(self, dataset: Any, bucket_of: BucketOf, progress: Callable[[], object] = lambda: None) -> Filled:
+    def fill(self, dataset: Any, wanted: Wanted, progress: Callable[[], object] = lambda: None) -> Filled:
         """Make what is missing; other processes may do so at the same time, each takes what no other has begun.
 
         A sample that cannot be read is noted, and the rest goes on. `progress` is called after each tensor.
         """
-        done, waiting = Filled(), list(self.needed(dataset, bucket_of))
+        done, waiting = Filled(), list(self.needed(dataset, wanted))
         for wait in (False, True):  # at the end for what other processes are at, which may be killed
             later = []
             for facts, what in waiting:
-                if self._settle(facts, what, dataset, bucket_of, done, wait=wait):
+                if self._settle(facts, what, dataset, done, wait=wait):
                     progress()
                 else:
                     later.append((facts, what))
             waiting = later
         return done
 
-    def _settle(self, facts: Facts, what: int | str, dataset: Any, bucket_of: BucketOf, done: Filled, *, wait: bool) -> bool:
+    def _settle(self, facts: Facts, what: int | str, dataset: Any, done: Filled, *, wait: bool) -> bool:
         """Make a tensor that is not there; False where another process is at it."""
         key = key_of(facts)
         if key in self.files:
@@ -114,15 +117,15 @@ class Cache:
                 done.made += 1
             elif mine:
                 try:
-                    self.latents(dataset, int(what), bucket_of(int(what)))
+                    self.latents(dataset, int(what), Bucket(*facts["bucket"]))
                     done.made += 1
                 except (ValueError, OSError) as error:
                     done.failed[int(what)] = str(error)
         return mine
 
-    def status(self, dataset: Any, bucket_of: BucketOf, *, verify: bool = False) -> Status:
+    def status(self, dataset: Any, wanted: Wanted, *, verify: bool = False) -> Status:
         """What is there, missing, stale and damaged; `verify` reads all data, else headers alone are read."""
-        needed = {key_of(facts) for facts, _ in self.needed(dataset, bucket_of)}
+        needed = {key_of(facts) for facts, _ in self.needed(dataset, wanted)}
         stale, damaged, present = dict[str, str](), dict[str, str](), list[str]()
         for key in sorted(self.files.keys()):
             try:

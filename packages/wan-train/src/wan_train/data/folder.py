@@ -80,7 +80,7 @@ class Folder:
         self.settings = read_settings(self.settings_type, {"path": path, **settings}, f"data set '{self.name}'")
         self.cut, self.index = self.settings.cut, FileIndex(self.settings.index)
         clips = self.settings.scan().settle(self.settings.on_problem, self.settings.path)
-        held = _held_out({clip.file for clip in clips}, self.settings.holdout)
+        held = held_out({clip.file for clip in clips}, self.settings.holdout)
         self.clips = [clip for clip in clips if clip.file not in held]
         self.held_out = [clip for clip in clips if clip.file in held]
         if not self.clips:
@@ -154,7 +154,7 @@ class Folder:
         return {}
 
 
-def _held_out(files: set[MediaFile], count: int) -> set[MediaFile]:
+def held_out(files: set[MediaFile], count: int) -> set[MediaFile]:
     """`count` files, chosen by their names alone, so that new ones change little."""
     return set(sorted(files, key=lambda file: (hashlib.sha256(file.name.encode()).digest(), str(file)))[:count])
 

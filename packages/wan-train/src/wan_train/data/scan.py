@@ -69,7 +69,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class Problem:
-    """kind: `caption`, `unreadable`, `short`, `small`, `missing` (a file that a listing or pattern names) or `listing`."""
+    """kind: `caption`, `unreadable`, `short`, `small`, `missing` (a file that a listing or pattern names) or `listing`.
+
+    Of `wan-train validate` also `budget`, a sample that is larger than a micro-batch of a stage may be, and `stage`, one that cannot be.
+    """
 
     file: str
     kind: str
