@@ -1,0 +1,205 @@
+"""What the ideas of other codecs bring at tiny scale: `python bench/codecs.py docs/codecs.md` trains each pair three times, and compares.
+
+Every arm of a study has the data, the seeds and the budget of the others, and differs from them in what the study is about.
+`python bench/codecs.py docs/codecs.md STUDY...` trains some of the studies; the page has all whose runs are in `runs/codecs`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from curves import panel, smooth
+from page import header, machine, table
+from PIL import Image, ImageDraw
+from torch import Tensor
+from wan_train.config import TrainConfig
+from wan_train.data.natural import Natural
+from wan_train.trainer import Trainer
+from wan_vae import load_vae
+from wan_vae.metrics import psnr, ssim
+
+RUNS, SEEDS, CLIPS = Path("runs/codecs"), (0, 1, 2), 24
+SUMMARY = """
+Tiny codecs on procedural clips with the statistics of film (`natural`), trained by wan-train on one thread each, three seeds an arm.
+Figures are of clips that no run has seen: the mean over the seeds, and their standard deviation. What holds for networks of a few hundred
+thousand parameters after minutes of training need not hold for large ones after weeks.
+"""
+WAN = {"base_dim": 16, "decoder_base_dim": 16, "z_dim": 32, "num_res_blocks": 1, "latent_space": "study"}
+DEEP = {
+    "z_dim": 32, "encoder_dims": [16, 32, 64, 64, 64, 64], "decoder_dims": [16, 32, 64, 64, 64, 64], "encoder_depths": [0, 1, 1, 1, 1, 1],
+    "decoder_depths": [0, 1, 1, 1, 1, 1], "latent_space": "study",
+}  # fmt: skip
+DECODER = ["decoder_input", "decoder", "decoder_head"]
+Measure = Callable[[Any], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared: settings of the run, and of each arm besides; `measure` takes a trained VAE."""
+
+    title: str
+    question: str
+    data: dict[str, Any]
+    run: dict[str, Any]
+    objective: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    measure: Measure
+
+
+def quality(frames: int, *sizes: int) -> Measure:
+    """PSNR and SSIM of clips in each size."""
+
+    def measure(vae: Any) -> dict[str, float]:
+        found = {}
+        for size in sizes:
+            clips = Natural(seed=99, frames=frames, size=(size, size)).video(range(CLIPS))
+            made = torch.cat([vae.decode(vae.encode(clip[None])) for clip in clips])
+            found |= {f"{size} px, dB": of_each(psnr, made, clips), f"{size} px, SSIM": of_each(ssim, made, clips)}
+        return found
+
+    return measure
+
+
+def with_noise(vae: Any) -> dict[str, float]:
+    """PSNR where latents are mixed with noise, as those of a backbone are that has not quite arrived; a share that the decoder is told."""
+    clips, found = Natural(seed=99, frames=17, size=(64, 64)).video(range(CLIPS)), {}
+    latents = torch.cat([vae.encode(clip[None]) for clip in clips])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    for share in (0.0, 0.05, 0.1, 0.2):
+        if vae.config.timestep_conditioning:
+            vae.config = vae.config.model_copy(update={"decode_timestep": share, "decode_noise_scale": 0.0})
+        mixed = (1 - share) * latents + share * noise
+        made = torch.cat([vae.decode(one[None]) for one in mixed])
+        found[f"noise {share:g}, dB"] = of_each(psnr, made, clips)
+    return found
+
+
+def of_each(metric: Callable[[Tensor, Tensor], Any], made: Tensor, clips: Tensor) -> float:
+    return mean(float(metric(a[None], b[None])) for a, b in zip(made, clips, strict=True))
+
+
+def phase(until: float, frames: int, size: int, **more: Any) -> dict[str, Any]:
+    return {"until": until, "frames": frames, "size": size, **more}
+
+
+STUDIES = {
+    "residual": Study(
+        "Residual down- and upsampling, and chunks",
+        "16x16x4 pixels to a latent of 32 channels. `residual` adds shortcuts without weights to `plain` (DC-AE, Wan2.2); `chunks` lets "
+        "the convolutions of `residual` see both ways within two latents (DC-AE-V).",
+        {"frames": 9},
+        {"steps": 700, "batch_size": 2, "preview_every": 70},
+        {"vae": "residual-f16t4", "phases": [phase(1.0, 9, 64)]},
+        {
+            name: {"architecture": {**WAN, "dim_mult": [1, 2, 2, 2], "temporal_downsample": [False, True, True], "patch_size": 2, **own}}
+            for name, own in {
+                "plain": {"residual": False}, "residual": {"residual": True}, "chunks": {"residual": True, "chunk": 2},
+            }.items()
+        },
+        quality(9, 64),
+    ),
+    "adapted": Study(
+        "Adaptation to a resolution that was not trained on",
+        "A DC-AE, 32x32 pixels to a latent of 32 channels, on pictures. `low` sees 64 pixels throughout. `adapted` sees them for 70 % of "
+        "the run; then the layers around the latents learn at 256 pixels, and the last ones at 64 with an adversary (its three phases). A "
+        "step has as many pixels in all phases.",
+        {"frames": 1, "size": [256, 256]},
+        {"steps": 2000, "batch_size": 16, "preview_every": 200},
+        {"vae": "dc-ae-f32c32-in-1.0", "architecture": DEEP},
+        {
+            "low": {"phases": [phase(1.0, 1, 64)]},
+            "adapted": {"phases": [
+                phase(0.7, 1, 64), phase(0.85, 1, 256, batch=1, trains=["encoder_head", "decoder_input"]),
+                phase(1.0, 1, 64, trains=["decoder_head"], adversary=0.5),
+            ]},
+            "adapted, no adversary": {"phases": [
+                phase(0.7, 1, 64), phase(0.85, 1, 256, batch=1, trains=["encoder_head", "decoder_input"]),
+                phase(1.0, 1, 64, trains=["decoder_head"]),
+            ]},
+        },
+        quality(1, 64, 256),
+    ),
+    "diffusion": Study(
+        "A decoder that takes noise out",
+        "The decoder of the built-in VAE goes on learning, as it is or told the share of noise that is mixed into its latents, 0 to 0.2 "
+        "(the report's VAE-D, LTX-Video). Both decode latents with known shares of noise.",
+        {"frames": 17},
+        {"steps": 600, "batch_size": 2, "preview_every": 60},
+        {"vae": "tiny", "init": "pretrained", "phases": [phase(1.0, 17, 64, trains=DECODER)]},
+        {"plain": {}, "diffusion": {"architecture": {"timestep_conditioning": True}}},
+        with_noise,
+    ),
+}  # fmt: skip
+
+
+def main(page: str, *chosen: str) -> None:
+    torch.set_num_threads(1)
+    for name in chosen or STUDIES:
+        for seed in SEEDS:
+            for arm in STUDIES[name].arms:
+                one(name, arm, seed)
+    parts = [header("Codecs", "codecs", SUMMARY), machine(1)]
+    for name, study in STUDIES.items():
+        found = {arm: [json.loads(path.read_text()) for path in sorted((RUNS / name / arm).glob("*/figures.json"))] for arm in study.arms}
+        if all(len(runs) == len(SEEDS) for runs in found.values()):
+            parts += [f"## {study.title}\n\n{study.question}\n", results(found), f"![curves](training/codecs-{name}.png)\n"]
+            curves(name, study).save(Path(page).parent / "training" / f"codecs-{name}.png", optimize=True)
+    Path(page).write_text("\n".join(parts))
+
+
+def one(name: str, arm: str, seed: int) -> None:
+    """Train and measure a run, unless its figures are there."""
+    study, folder = STUDIES[name], RUNS / name / arm / str(seed)
+    if (folder / "figures.json").exists():
+        return
+    settings = {"l1": 0.0, "log_l2": 0.1, "kl": 1e-3 if name == "residual" else 0.0, "validation": 8, **study.objective, **study.arms[arm]}
+    run = {
+        "name": f"{name}, {arm}", "seed": seed, "output": str(folder), "ema": 0.99, "threads": 1, "save_every": 0, **study.run,
+        "objective": {"name": "vae", "settings": settings}, "data": {"name": "natural", "settings": {"length": 20_000, **study.data}},
+        "optimiser": {"name": "muon", "lr": 1.5e-3, "muon_lr": 0.015, "schedule": "cosine", "hold": 0.2, "final": 0.02, "warmup": 50},
+    }  # fmt: skip
+    Trainer(TrainConfig.model_validate(run)).run()
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    vae = load_vae(str(folder / "export" / "vae"))
+    figures = {
+        "parameters": sum(each.numel() for each in vae.parameters()), **study.measure(vae),
+        "ms a step": 1000 * mean(row["seconds"] for row in rows if "loss" in row),
+    }  # fmt: skip
+    (folder / "figures.json").write_text(json.dumps(figures))
+    print(name, arm, seed, {key: round(value, 3) for key, value in figures.items()}, flush=True)
+
+
+def results(found: dict[str, list[dict[str, float]]]) -> str:
+    heads = list(next(iter(found.values()))[0])
+    rows = [[arm, *(shown(head, [run[head] for run in runs]) for head in heads)] for arm, runs in found.items()]
+    return table(["arm", *heads], rows)
+
+
+def shown(head: str, values: list[float]) -> str:
+    if head == "parameters":
+        return f"{values[0]:,.0f}"
+    digits = 3 if "SSIM" in head else 0 if "ms" in head else 2
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def curves(name: str, study: Study) -> Image.Image:
+    """PSNR of validation clips by step, the mean of the seeds."""
+    lines = {}
+    for arm in study.arms:
+        logs = [(RUNS / name / arm / str(seed) / "log.jsonl").read_text().splitlines() for seed in SEEDS]
+        runs = [{row["step"]: row["val_psnr"] for row in map(json.loads, log) if "val_psnr" in row} for log in logs]
+        lines[arm] = smooth([(step, mean(run[step] for run in runs)) for step in runs[0]])
+    picture = Image.new("RGB", (1280, 400), "white")
+    panel(ImageDraw.Draw(picture), f"{study.title}: PSNR of validation clips, dB", lines, 0)
+    return picture.quantize(32)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
