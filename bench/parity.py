@@ -29,6 +29,10 @@ from wan_text.clip_vision import CLIPVision
 from wan_text.config import VIT_H_14, XXL
 from wan_text.tokenizer import clean
 from wan_text.umt5 import UMT5Encoder, relative_buckets
+from wan_vae.codecs.dcae import DCAE
+from wan_vae.codecs.dcae_config import PRESETS as DCAE_PRESETS
+from wan_vae.codecs.ltx import LTXVAE
+from wan_vae.codecs.ltx_config import PRESETS as LTX_PRESETS
 from wan_vae.config import WAN21, WAN22
 from wan_vae.model import WanVAE
 from wan_vae.testing import difference
@@ -127,6 +131,8 @@ def libraries() -> Iterator[Row]:
         count = f"{len(encoded)} configurations"
         yield [f"VAE encode, {backend}", f"diffusers AutoencoderKLWan, {count}", f"{max(encoded):.1e}", f"{limit:.0e}"]
         yield [f"VAE decode, {backend}", f"diffusers AutoencoderKLWan, {count}", f"{max(decoded):.1e}", f"{limit:.0e}"]
+    yield from dcae_rows(load("wan-vae", "third_party/dcae_pairs"))
+    yield from ltx_rows(load("wan-vae", "test_vae_ltx"))
     for attention, limit in (("sdpa", "3e-06"), ("eager", "0, with `exact=True`")):
         worst = max(text_difference(text, sizes, attention) for sizes in text.SIZES)
         yield ["umT5", f"transformers UMT5EncoderModel ({attention}), {len(text.SIZES)} configurations", f"{worst:.1e}", limit]
@@ -146,6 +152,26 @@ def vae_differences(module: Any, config: Any, backend: str) -> tuple[float, floa
     return encoded, difference(ours.decode(latents), theirs.decode(latents).sample)
 
 
+def dcae_rows(module: Any) -> Iterator[Row]:
+    """Encoding, decoding and gradients of DC-AE; those of the weights over the largest of each."""
+    with torch.enable_grad():
+        far = [module.parity(config, cells) for config in module.CONFIGS.values() for cells in module.CELLS.values()]
+    for name in far[0]:
+        limit = "1e-04 (relative)" if name == module.LOOSE else "1e-05"
+        yield [f"DC-AE: {name}", f"diffusers AutoencoderDC, {len(far)} cases", f"{max(case[name] for case in far):.1e}", limit]
+
+
+def ltx_rows(module: Any) -> Iterator[Row]:
+    """LTX-Video's VAE, with the same noise in both."""
+    with torch.enable_grad():
+        slopes = max(max(module.off_in_gradients(name).values()) for name in module.CONFIGS)
+    frames = max(module.off_in_frames(name, steps) for name in module.CONFIGS for steps in (1, 4))
+    moments = max(module.off_in_moments(name, steps) for name in module.CONFIGS for steps in (0, 3))
+    found = {"moments and latents": moments, "frames, with the same noise": frames, "gradients, over the largest of each weight": slopes}
+    for name, worst in found.items():
+        yield [f"LTX-Video VAE: {name}", f"diffusers AutoencoderKLLTXVideo, {len(module.CONFIGS)} configurations", f"{worst:.1e}", "1e-05"]
+
+
 def text_difference(module: Any, sizes: dict[str, int], attention: str) -> float:
     ours, theirs = module.pair(sizes, attention)
     ids, mask = module.batch(sizes)
@@ -158,14 +184,16 @@ def sizes() -> Iterator[Row]:
     published: tuple[tuple[str, Callable[[], nn.Module]], ...] = (
         ("Wan2.1 VAE", lambda: WanVAE(WAN21)),
         ("Wan2.2 VAE", lambda: WanVAE(WAN22)),
+        *((name, partial(DCAE, config)) for name, config in DCAE_PRESETS.items() if "mix" not in name),
+        *((f"{name} VAE", partial(LTXVAE, config)) for name, config in LTX_PRESETS.items()),
         ("umT5-XXL encoder", lambda: UMT5Encoder(XXL)),
         ("CLIP ViT-H/14, the part of its vision tower that is used", lambda: CLIPVision(VIT_H_14)),
         *((name, partial(WanDiT, config)) for name, config in ARCHITECTURES.items()),
     )
     for name, make in published:
         with torch.device("meta"):
-            state = make().state_dict()
-        yield [name, f"{sum(value.numel() for value in state.values()):,}", str(len(state))]
+            model = make()
+        yield [name, f"{sum(value.numel() for value in model.parameters()):,}", str(len(model.state_dict()))]
 
 
 def main(target: Path) -> None:

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["wan-vae", "wan-text", "wan-dit", "wan-train"]
-EXAMPLE, ENCODER = EXAMPLES = "wan-scheduler-heun", "wan-text-words"
+EXAMPLE, ENCODER, CODEC = EXAMPLES = "wan-scheduler-heun", "wan-text-words", "wan-vae-dct"
 
 
 @dataclass(frozen=True)

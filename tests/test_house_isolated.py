@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from isolated_environment import ENCODER, EXAMPLE, PACKAGES, ROOT, Environment, build_wheels, metadata
+from isolated_environment import CODEC, ENCODER, EXAMPLE, PACKAGES, ROOT, Environment, build_wheels, metadata
 from packaging.requirements import Requirement
 from safetensors import safe_open
 
@@ -122,6 +122,39 @@ def test_third_party_scheduler_comes_is_used_and_goes(together: Environment, tmp
         "wan-dit", "generate", "a red circle", "--scheduler", "heun-example", "--output", str(tmp_path / "none.mp4"), code=2
     )
     assert "no scheduler named 'heun-example'" in failed.stderr
+
+
+def test_third_party_codec_comes_is_used_and_goes(alone: dict[str, Environment], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """With wan-vae and nothing else of this house."""
+    vae = alone["wan-vae"]
+    request.addfinalizer(lambda: vae.uninstall(CODEC) if "dct" in listed() else None)
+
+    def listed() -> dict[str, str]:
+        return {row["name"]: row["distribution"] for row in json.loads(vae.run("wan-vae", "list", "--json").stdout)}
+
+    assert "dct" not in listed()
+    vae.install(CODEC)
+    assert listed()["dct"] == CODEC
+    clip, latents, back = (str(tmp_path / name) for name in ("clip.mp4", "clip.safetensors", "back.mp4"))
+    write_clip(clip, 10)
+    vae.run("wan-vae", "encode", clip, latents, "--codec", "dct")
+    (facts,) = json.loads(vae.run("wan-vae", "info", latents, "--json").stdout)
+    assert facts["latent_space"] == "dct-1"
+    vae.run("wan-vae", "decode", latents, back)
+    with av.open(back) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 10
+    rows = json.loads(vae.run("wan-vae", "eval", clip, "--codec", "dct", "--codec", "tiny", "--json").stdout)
+    assert {row["codec"] for row in rows["results"]} == {"dct", "tiny"}
+    vae.uninstall(CODEC)
+    failed = vae.run("wan-vae", "decode", latents, str(tmp_path / "none.mp4"), code=2)
+    assert "dct" in failed.stderr
+
+
+def test_a_backbone_refuses_the_latents_of_a_third_party_codec(together: Environment, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(lambda: together.uninstall(CODEC))
+    together.install(CODEC)
+    failed = together.run("wan-dit", "generate", "a red circle moves left", "--vae", "dct", "--output", "none.mp4", code=2)
+    assert "its latent_space is dct-1, the backbone needs tiny-2" in failed.stderr
 
 
 @pytest.mark.parametrize(("steps", "least"), [(2, 0.0), pytest.param(1500, 0.9, marks=pytest.mark.slow)])

@@ -30,7 +30,7 @@ def test_a_run_says_where_things_are_and_resumes(vae_toml: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tiny-vea"], "no recipe 'tiny-vea': give a .toml file or one of tiny-t2v, tiny-t2v-polish, tiny-t2v-refine, tiny-vae"),
+        (["tiny-vea"], "no recipe 'tiny-vea': give a .toml file or one of dc-ae, ltx-vae, residual-vae, tiny-t2v, tiny-t2v-polish"),
         (["broken.toml"], "'broken.toml' is not TOML"),
         (["vae.toml", "steps=none"], "steps: "),
         (["vae.toml", "steps"], "override 'steps' must read dotted.key=value"),

@@ -184,6 +184,23 @@ def test_the_exported_vae_normalises_the_training_clips(make: Make, tmp_path: Pa
     assert max(mean.abs().max(), (deviation - 1).abs().max()) > 0.1  # it was not so before
 
 
+@pytest.mark.parametrize(("trains", "kept"), [(["decoder", "decoder_head"], True), (["encoder_head", "decoder_input"], False), ([], False)])
+def test_statistics_stay_where_the_encoder_does(make: Make, tmp_path: Path, trains: list[str], kept: bool) -> None:
+    """A backbone was trained on the latents as they are: a better decoder must not move them."""
+    first = make(statistics=4)
+    first.export(first.modules, str(tmp_path / "first"))
+    phases = [{"until": 1.0, "frames": 5, "size": 16, "trains": trains}]
+    dataset = Shapes(seed=9, frames=5, size=(16, 16), length=8, split="heldout")
+    objective = make(dataset, vae=str(tmp_path / "first" / "vae"), init="pretrained", architecture={}, phases=phases, statistics=4)
+    first_vae = find("wan_vaes", str(tmp_path / "first" / "vae")).load()
+    objective.vae.load_state_dict(first_vae.state_dict())  # and not the weights that `make` draws
+    objective.export(objective.modules, str(tmp_path / "second"))
+    second_vae = find("wan_vaes", str(tmp_path / "second" / "vae")).load()
+    assert (second_vae.config.latents_std == first_vae.config.latents_std) is kept
+    video = dataset.video([0])
+    assert torch.equal(second_vae.encode(video), first_vae.encode(video)) is kept
+
+
 def test_statistics_are_of_all_data_sets_of_a_mix(make: Make, tmp_path: Path) -> None:
     """The last quarter of a mix is white, and so white counts a quarter in the statistics."""
 

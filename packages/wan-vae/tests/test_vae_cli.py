@@ -20,6 +20,7 @@ from signing import save_signed
 from wan_vae import VideoCodec, WanVAE
 from wan_vae.commands.coding import TINY_NOTE
 from wan_vae.latents import LatentFile
+from wan_vae.plugin import wan_vaes
 from wan_vae.plugins import VAESpec, hookimpl, plugin_manager
 from wan_vae.video import probe, read_frames
 
@@ -27,6 +28,7 @@ Film = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
 README = Path(__file__).parents[1] / "README.md"
 SHUFFLE = "shuffle_vae:ShuffleVAE"
+INSTALLED = ", ".join(sorted(spec.name for spec in wan_vaes()))
 
 
 def test_film_to_latents_and_back_with_the_built_in_vae(run: Run, film: Film) -> None:
@@ -98,7 +100,7 @@ def test_outputs_are_not_overwritten_unasked(run: Run, film: Film) -> None:
         ("encode nothing.mp4", "no video file at 'nothing.mp4'"),
         ("encode words.mp4", "'words.mp4' is not a readable video"),
         ("encode folder", "'folder' is a folder without pictures"),
-        ("encode film.mp4 --codec wan2.7", "no vae named 'wan2.7' (installed: taew2_1, taew2_2, tiny, wan2.1, wan2.2; did you mean"),
+        ("encode film.mp4 --codec wan2.7", f"no vae named 'wan2.7' (installed: {INSTALLED}; did you mean"),
         ("encode film.mp4 --codec nowhere:VAE", "cannot import vae 'nowhere:VAE'"),
         ("encode film.mp4 --codec words.mp4", "words.mp4"),
         ("encode film.mp4 no/folder/x.safetensors", "cannot write 'no/folder/x.safetensors': there is no folder"),
@@ -116,7 +118,7 @@ def test_outputs_are_not_overwritten_unasked(run: Run, film: Film) -> None:
         ("decode folder", "'folder' is not a latent file: it is a folder"),
         ("decode latents.safetensors --lossless --crf 3", "argument --crf: not allowed with argument --lossless"),
         ("decode latents.safetensors --codec tiny", "latents of the space 'shuffle-1', but 'tiny' decodes 'tiny-2'"),
-        ("decode latents.safetensors", "no vae named 'shuffle' (installed: taew2_1, taew2_2, tiny, wan2.1, wan2.2)"),
+        ("decode latents.safetensors", f"no vae named 'shuffle' (installed: {INSTALLED})"),
         (f"decode latents.safetensors film.xyz --codec {SHUFFLE}", "cannot write a video to 'film.xyz'"),
         ("info nothing.mp4", "no video file at 'nothing.mp4'"),
         ("info nothing.pth", "no file at 'nothing.pth'"),

@@ -54,6 +54,9 @@ def test_list_says_how_large_and_where(cache: Path, capsys: pytest.CaptureFixtur
         "tiny": (698_252, "built in"),
         "taew2_1": (11_315_539, "to be fetched"),
         "taew2_2": (11_418_108, "to be fetched"),
+        "dc-ae-f32c32-in-1.0": (323_356_460, "to be fetched"),
+        "ltx-video-0.9": (419_193_649, "to be fetched"),
+        "ltx-video-0.9.1": (934_976_434, "to be fetched"),
     }.items()
     assert main(["list"]) == 0
     assert "126,892,531" in capsys.readouterr().out

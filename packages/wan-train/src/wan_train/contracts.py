@@ -102,10 +102,16 @@ class TrainableVAE(Protocol):
     def reconstruct(
         self, video: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Differentiable and unclamped: the video, the mean and the log-variance; a generator for all or one for each video."""
+        """Differentiable and unclamped: the video, the mean and the log-variance, None without a posterior.
+
+        A generator is for all or one for each video.
+        """
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """All parameters by the parts that phases freeze and train: encoder, encoder_head, decoder_input, decoder, decoder_head."""
+        """All parameters by the parts that phases freeze and train: encoder, encoder_head, decoder_input, decoder, decoder_head.
+
+        The first convolution of `encoder` is the one that takes pixels.
+        """
 
     def fit_normaliser(self, batches: Iterable[Tensor]) -> None:
         """Measure the mean and deviation of each latent channel and write them into the config."""

@@ -18,8 +18,7 @@ class Template:
     """A module without its numbers, taken before anything is wrapped around its parts."""
 
     def __init__(self, module: nn.Module) -> None:
-        tensors = [*module.parameters(), *module.buffers()]
-        memo: dict[int, Any] = {id(value): _empty(value) for value in tensors}
+        memo: dict[int, Any] = {id(value): _empty(value) for value in named(module).values()}  # not what its class makes and never saves
         self.module = deepcopy(module, memo).requires_grad_(False).eval()
 
     def filled(self, state: Mapping[str, Tensor]) -> Any:

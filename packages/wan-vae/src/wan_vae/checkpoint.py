@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 
 from ._shared.weights import PICKLES, State, locate, read_config, rename
 from .config import VAEConfig
-from .contents import TAEHV, check_one_dtype, kind_of, read_header, read_tensors, shapes_of
+from .contents import DCAE, LTX, TAEHV, check_one_dtype, kind_of, read_header, read_tensors, shapes_of
 from .diffusers_config import DIFFUSERS_CLASS, from_diffusers
 from .diffusers_config import diffusers_config as diffusers_config
 from .export import save_diffusers as save_diffusers
@@ -24,6 +25,9 @@ from .plugins import VAESpec
 
 CONFIG_FILES = ("config.json", "model_index.json", "vae/config.json")
 INDEX = ".index.json"
+# what describes what is no Wan VAE, by what its tensors say, and by the class that config.json names
+OTHERS = {TAEHV: "wan_vae.codecs.taehv:describe", DCAE: "wan_vae.codecs.dcae:describe", LTX: "wan_vae.codecs.ltx:describe"}
+CLASSES = {"AutoencoderKLLTXVideo": "wan_vae.codecs.ltx:describe"}
 
 
 def read_checkpoint(path: Path) -> tuple[VAEConfig, State]:
@@ -48,20 +52,26 @@ def read_checkpoint(path: Path) -> tuple[VAEConfig, State]:
 def describe(path: str | os.PathLike[str]) -> VAESpec:
     """The facts of a checkpoint, from its config.json or the names and shapes in its header; reads no weights.
 
-    Of a Hub repository the weights are fetched only where no config.json describes a VAE. A file in the layout of TAEHV is
-    described too, as what `wan_vae.codecs.taehv` reads.
+    Of a Hub repository the weights are fetched only where no config.json describes a VAE. A file in the layout of TAEHV, a
+    DC-AE and the VAE of LTX-Video are described too, as what `wan_vae.codecs` reads.
     """
+    from .codecs import dcae
+
     file = inside(locate(path, CONFIG_FILES))
+    if dcae.is_described(read_config(file) or {}) and file.is_dir():
+        return dcae.describe(path)
+    if file.is_dir() and (other := CLASSES.get(str((read_config(file) or {}).get("_class_name")))):
+        described: VAESpec = resolve_name(other)(path)
+        return described
     if not _is_described(file):
         file = inside(locate(path, WanVAE.hub_files, WanVAE.hub_fallback))
     header = read_header(file) if file.is_file() else {}
-    config, own = (None, False) if kind_of(header) == TAEHV else configured(file)
+    config, own = (None, False) if kind_of(header) in OTHERS else configured(file)
     if config is None:
         header = header or read_header(file)
-        if kind_of(header) == TAEHV:
-            from .codecs.taehv import describe as describe_taehv
-
-            return describe_taehv(file)
+        if (kind := kind_of(header)) in OTHERS:
+            found: VAESpec = resolve_name(OTHERS[kind])(file)
+            return found
         config = infer_config(shapes_of(header), file)
     if header and not own:
         check_one_dtype(header, file)

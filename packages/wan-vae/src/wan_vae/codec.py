@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._shared.spec import UNKNOWN
 from .latents import LatentFile, LatentInfo, Padding, write_latents
+from .sessions import stream
 from .video import Crop, PathLike, Reader, open_writer, to_frames, to_tensor
 
 T = TypeVar("T")
@@ -180,8 +181,7 @@ class VideoCodec:
     def _with_logvar(self, chunks: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         if not hasattr(self.vae, "encode_session"):
             raise ValueError(f"'{self.name}' gives no log-variance while it streams; encode without --logvar")
-        session = self.vae.encode_session()
-        return (session.push(chunk, moments=True) for chunk in chunks)
+        return stream(self.vae.encode_session(), chunks, moments=True)
 
     def _check(self, file: LatentFile) -> None:
         info, spec = file.info, self.spec

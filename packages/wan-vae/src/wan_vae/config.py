@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from .statistics import WAN21_MEAN, WAN21_STD, WAN22_MEAN, WAN22_STD
 
@@ -18,6 +19,10 @@ class VAEConfig(BaseModel):
     num_res_blocks: residual blocks of an encoder level; a decoder level has one more
     residual: Wan2.2 style, every level has a parameter-free shortcut and upsampling keeps its width
     patch_size: pixels per side folded into channels before the encoder
+    chunk: latent frames of a chunk, within which 3x3x3 convolutions see both ways; 0: they see the present and the past. The first frame
+        is a chunk of its own, and the last one may be shorter
+    timestep_conditioning: the decoder is told how much noise is in the latents, and takes it out. `decode` mixes in
+        `decode_noise_scale` of it and says `decode_timestep`; training draws both as one share of [0, `max_timestep`]
     latents_mean, latents_std: per channel; latents are (mean - latents_mean) / latents_std. Empty: no normalisation
     latent_space: tag of the space; parts that carry one tag are interchangeable
     """
@@ -32,6 +37,11 @@ class VAEConfig(BaseModel):
     num_res_blocks: PositiveInt = 2
     residual: bool = False
     patch_size: PositiveInt = 1
+    chunk: NonNegativeInt = 0
+    timestep_conditioning: bool = False
+    decode_timestep: float = Field(default=0.05, ge=0, le=1)
+    decode_noise_scale: float = Field(default=0.025, ge=0, le=1)
+    max_timestep: float = Field(default=0.2, gt=0, le=1)
     latents_mean: tuple[float, ...] = ()
     latents_std: tuple[float, ...] = ()
     latent_space: str
@@ -49,6 +59,12 @@ class VAEConfig(BaseModel):
         if not all(math.isfinite(value) and value > 0 for value in self.latents_std):
             raise ValueError(f"latents_std must be positive and finite, got {self.latents_std}")
         return self
+
+    @property
+    def beyond_wan(self) -> dict[str, Any]:
+        """The fields that make of it what Wan's code, and diffusers', cannot run; empty for a VAE like theirs."""
+        fields = {"chunk": self.chunk, "timestep_conditioning": self.timestep_conditioning}
+        return {name: value for name, value in fields.items() if value}
 
     @property
     def stride(self) -> tuple[int, int, int]:
@@ -69,4 +85,12 @@ TINY = VAEConfig(
     base_dim=16, decoder_base_dim=16, z_dim=16, dim_mult=(1, 2, 2), temporal_downsample=(True, True),
     num_res_blocks=1, residual=True, patch_size=2, latent_space="tiny-2",
 )  # fmt: skip
-PRESETS = {"wan2.1": WAN21, "wan2.2": WAN22, "tiny": TINY}
+RESIDUAL_F16T4 = VAEConfig(
+    base_dim=128, decoder_base_dim=192, z_dim=64, dim_mult=(1, 2, 4, 4), temporal_downsample=(False, True, True),
+    residual=True, patch_size=2, latent_space="residual-f16t4",
+)  # fmt: skip
+RESIDUAL_F32T8 = VAEConfig(
+    base_dim=128, decoder_base_dim=128, z_dim=128, dim_mult=(1, 2, 4, 4, 8), temporal_downsample=(False, True, True, True),
+    residual=True, patch_size=2, latent_space="residual-f32t8",
+)  # fmt: skip
+PRESETS = {"wan2.1": WAN21, "wan2.2": WAN22, "tiny": TINY, "residual-f16t4": RESIDUAL_F16T4, "residual-f32t8": RESIDUAL_F32T8}

@@ -24,14 +24,17 @@ WITHIN = ("vae.", "first_stage_model.")  # of a file that holds a whole video mo
 OTHER_PARTS = ("model.diffusion_model.", "text_encoders.", "cond_stage_model.", "clip_vision.", "conditioner.")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
 }  # fmt: skip
 PLAIN = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+COUNTS = (".num_batches_tracked", "per_channel_statistics.channel")  # of a batch norm, or of channels: whole numbers beside weights
 SCALES = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale|weight_scale_inv)$")
 
-WAN, TAEHV = "a Wan VAE", "a TAEHV-style tiny decoder"
+WAN, TAEHV, DCAE, LTX = "a Wan VAE", "a TAEHV-style tiny decoder", "a DC-AE", "a VAE of LTX-Video"
 KINDS = (  # the first pattern that matches a name tells what the file is
     (r"(encoder|decoder)\.\d+\.conv\.weight$", TAEHV),
+    (r"(encoder|decoder)\.(stages\.\d+\.op_list|project_in|project_out)\.|(encoder\.down|decoder\.up)_blocks\.\d+\.\d+\.", DCAE),
+    (r"per_channel_statistics\.|latents_(mean|std)$|(encoder\.down|decoder\.up)_blocks\.\d+\.res_blocks\.", LTX),
     (r"(encoder\.(downsamples|conv1)|decoder\.(upsamples|conv1|head)|(post_)?quant_conv|encoder\.down_blocks|decoder\.up_blocks)\b", WAN),
     (r"lora_|.*\.lora_(A|B|down|up)\.", "a LoRA, which is applied to a diffusion transformer"),
     (r"(model\.diffusion_model\.)?(patch_embedding\.|blocks\.\d+\.(self_attn|attn1)\.)", "a diffusion transformer; wan-dit reads it"),
@@ -39,7 +42,6 @@ KINDS = (  # the first pattern that matches a name tells what the file is
     (r"(visual|vision_model|textual)\.", "an image encoder (CLIP)"),
     (r"(encoder|decoder)\.(down|up|mid)\.", "an image VAE"),
     (r"(encoder|decoder)\.\d+\.", "a tiny image autoencoder (TAESD)"),
-    (r"per_channel_statistics\.", "a VAE of LTX-Video"),
     (r"(latents|logvar|timestamps)$", "latents; `wan-vae decode` reads them"),
 )  # fmt: skip
 
@@ -77,7 +79,7 @@ def shapes_of(state: Mapping[str, torch.Tensor]) -> Shapes:
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """What a file with these names holds: `WAN`, `TAEHV`, or a phrase for a message; None where it is nothing known."""
+    """What a file with these names holds: `WAN`, `TAEHV`, `DCAE`, `LTX`, or a phrase for a message; None where it is nothing known."""
     names = list(names)
     return next((kind for pattern, kind in KINDS if any(re.match(pattern, name) for name in names)), None)
 
@@ -86,14 +88,14 @@ def check(state: State, path: Path) -> State:
     """The state as it is. ValueError where it holds scaled or quantised weights, other things than tensors, or one half of a VAE."""
     _tensors_only(state, path)
     for key, value in state.items():
-        if SCALES.search(key) or value.dtype not in PLAIN:
+        if SCALES.search(key) or (value.dtype not in PLAIN and not key.endswith(COUNTS)):
             raise ValueError(
                 f"'{path}' holds scaled or quantised weights ('{key}' is {str(value.dtype).removeprefix('torch.')}); "
                 f"wan-vae reads fp32, bf16 and fp16: take the checkpoint in one of these"
             )
     kind = kind_of(state)
     halves = {key.partition(".")[0] for key in state} & {"encoder", "decoder"}
-    if kind in (WAN, TAEHV) and len(halves) == 1:
+    if kind in (WAN, TAEHV, DCAE, LTX) and len(halves) == 1:
         half = halves.pop()
         missing = "decoder" if half == "encoder" else "encoder"
         raise ValueError(f"'{path}' holds the {half} of {kind} alone, without its {missing}: give a checkpoint with both")
@@ -102,7 +104,7 @@ def check(state: State, path: Path) -> State:
 
 def check_one_dtype(state: State, path: Path) -> None:
     """ValueError where the tensors are of several types, which no layout but our own is written in."""
-    counts = Counter(value.dtype for value in state.values())
+    counts = Counter(value.dtype for key, value in state.items() if not key.endswith(COUNTS))
     if len(counts) > 1:
         (usual, many), *_, (rare, few) = counts.most_common()
         odd = [key for key, value in state.items() if value.dtype == rare]

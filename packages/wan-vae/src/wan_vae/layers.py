@@ -13,22 +13,35 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .stream import StreamState
+from .timestep import ScaleShift
 
 PIECE = 100_000  # numbers that a norm works on at a time
 
 
 class CausalConv(nn.Conv3d):
-    """3D convolution that sees the present and the past: zeros before the first frame, never a later frame."""
+    """3D convolution that sees the present and the past: zeros before the first frame, never a later frame.
+
+    ahead: frames that it sees ahead instead, within what it is given at a time; after the last of them zeros
+    """
 
     def __init__(self, dim: int, out_dim: int, kernel: tuple[int, int, int]) -> None:
         super().__init__(dim, out_dim, kernel)
         self.slot = ""
+        self.ahead = 0
+
+    @property
+    def behind(self) -> int:
+        """Frames that it looks back."""
+        return self.kernel_size[0] - 1 - self.ahead
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:  # type: ignore[override]
         rows = self.kernel_size[1] // 2
         if rows and state.shard is not None:
             x_BCTHW, rows = state.shard.extend(x_BCTHW, rows, rows), 0
-        past_BCTHW = state.recall(self, x_BCTHW, self.kernel_size[0] - 1)
+        past_BCTHW = state.recall(self, x_BCTHW, self.behind)
+        if self.ahead:
+            past_BCTHW = torch.zeros_like(x_BCTHW[:, :, : self.behind]) if past_BCTHW is None else past_BCTHW
+            x_BCTHW = F.pad(x_BCTHW, (0, 0, 0, 0, 0, self.ahead))
         return state.convolution(self, x_BCTHW, past_BCTHW, rows)
 
 
@@ -48,11 +61,15 @@ class RMSNorm(nn.Module):
         return scaled_BCTHW * gamma_C111 if torch.is_grad_enabled() else scaled_BCTHW.mul_(gamma_C111)
 
 
-def normed(norm: RMSNorm, x_BCTHW: Tensor, *, spent: bool = False) -> Tensor:
-    """Norm and SiLU; without gradients on a CPU, and with the channels last, a piece at a time that stays in the cache.
+def normed(norm: RMSNorm, x_BCTHW: Tensor, *, spent: bool = False, modulation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Norm and SiLU, with the modulation (a scale, less 1, and a shift) in between where there is one.
 
+    Without it, without gradients, on a CPU and with the channels last, this goes a piece at a time that stays in the cache.
     spent: nobody reads `x` again, so it may be overwritten
     """
+    if modulation is not None:
+        scale_BC111, shift_BC111 = modulation
+        return F.silu(torch.addcmul(shift_BC111, norm(x_BCTHW), 1 + scale_BC111))
     x_BTHWC = x_BCTHW.permute(0, 2, 3, 4, 1)
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x_BCTHW.is_cpu or not x_BTHWC.is_contiguous():
         return F.silu(norm(x_BCTHW))
@@ -67,21 +84,30 @@ def normed(norm: RMSNorm, x_BCTHW: Tensor, *, spent: bool = False) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, around a shortcut that changes the width where needed."""
+    """Norm, SiLU, convolution, twice, around a shortcut that changes the width where needed.
 
-    def __init__(self, dim: int, out_dim: int) -> None:
+    timed: both norms are modulated by the timestep of the stream
+    """
+
+    def __init__(self, dim: int, out_dim: int, timed: bool = False) -> None:
         super().__init__()
         self.norm1 = RMSNorm(dim)
         self.conv1 = CausalConv(dim, out_dim, (3, 3, 3))
         self.norm2 = RMSNorm(out_dim)
         self.conv2 = CausalConv(out_dim, out_dim, (3, 3, 3))
         self.shortcut = CausalConv(dim, out_dim, (1, 1, 1)) if dim != out_dim else None
+        self.scale_shift1 = ScaleShift(dim) if timed else None
+        self.scale_shift2 = ScaleShift(out_dim) if timed else None
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
-        h_BCTHW = self.conv1(normed(self.norm1, x_BCTHW), state)
-        h_BCTHW = self.conv2(normed(self.norm2, h_BCTHW, spent=True), state)
+        h_BCTHW = self.conv1(normed(self.norm1, x_BCTHW, modulation=_modulation(self.scale_shift1, state)), state)
+        h_BCTHW = self.conv2(normed(self.norm2, h_BCTHW, spent=True, modulation=_modulation(self.scale_shift2, state)), state)
         shortcut_BCTHW = self.shortcut(x_BCTHW, state) if self.shortcut is not None else x_BCTHW
         return h_BCTHW + shortcut_BCTHW if torch.is_grad_enabled() else h_BCTHW.add_(shortcut_BCTHW)
+
+
+def _modulation(table: ScaleShift | None, state: StreamState) -> tuple[Tensor, Tensor] | None:
+    return None if table is None or state.embedding is None else table(state.embedding)
 
 
 class FrameAttention(nn.Module):
@@ -112,11 +138,11 @@ class FrameAttention(nn.Module):
 class Middle(nn.Module):
     """The deepest part of either half: residual block, attention, residual block."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, timed: bool = False) -> None:
         super().__init__()
-        self.block1 = ResBlock(dim, dim)
+        self.block1 = ResBlock(dim, dim, timed)
         self.attention = FrameAttention(dim)
-        self.block2 = ResBlock(dim, dim)
+        self.block2 = ResBlock(dim, dim, timed)
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
         x_BCTHW = state.run(self.block1, x_BCTHW)
@@ -127,10 +153,11 @@ class Middle(nn.Module):
 class Head(nn.Module):
     """Norm, SiLU and the last convolution of either half."""
 
-    def __init__(self, dim: int, out_dim: int) -> None:
+    def __init__(self, dim: int, out_dim: int, timed: bool = False) -> None:
         super().__init__()
         self.norm = RMSNorm(dim)
         self.conv = CausalConv(dim, out_dim, (3, 3, 3))
+        self.scale_shift = ScaleShift(dim) if timed else None
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
-        return self.conv(normed(self.norm, x_BCTHW), state)
+        return self.conv(normed(self.norm, x_BCTHW, modulation=_modulation(self.scale_shift, state)), state)

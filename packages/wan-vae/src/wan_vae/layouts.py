@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ._shared.spec import UNKNOWN
 from .config import WAN21, WAN22, VAEConfig
-from .contents import TAEHV, WAN, Shapes, kind_of
+from .contents import DCAE, LTX, TAEHV, WAN, Shapes, kind_of
 
 
 def is_diffusers(shapes: Shapes) -> bool:
@@ -52,6 +52,7 @@ def infer_config(shapes: Shapes, source: object = "checkpoint") -> VAEConfig:
         "num_res_blocks": blocks,
         "temporal_downsample": times,
         "residual": any(re.match(r"encoder\.(downsamples\.\d+\.downsamples|down_blocks\.\d+\.resnets)\.", key) for key in shapes),
+        "timestep_conditioning": "decoder.timestep.linear1.weight" in shapes,
         "patch_size": math.isqrt(max(conv_in[1] // 3, 1)),
         "latent_space": UNKNOWN,
     }
@@ -63,6 +64,10 @@ def refuse_others(shapes: Shapes, source: object) -> None:
     kind = kind_of(shapes)
     if kind == TAEHV:
         raise ValueError(f"'{source}' is not a Wan VAE: it holds {TAEHV}; load it with wan_vae.load_vae or wan_vae.codecs.taehv.TAEHV")
+    if kind == DCAE:
+        raise ValueError(f"'{source}' is not a Wan VAE: it holds {DCAE}; load it with wan_vae.load_vae or wan_vae.codecs.dcae.DCAE")
+    if kind == LTX:
+        raise ValueError(f"'{source}' is not a Wan VAE: it holds {LTX}; load it with wan_vae.load_vae or wan_vae.codecs.ltx.LTXVAE")
     if kind not in (WAN, None):
         raise ValueError(f"'{source}' is not a Wan VAE: it holds {kind}")
 

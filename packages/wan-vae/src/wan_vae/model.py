@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -19,16 +19,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ._shared.weights import Pretrained, State
+from .chunks import chunks_of
 from .config import TINY, VAEConfig
 from .convolution import Convolution, resolve_backend
 from .halves import Decoder, Encoder
 from .layers import CausalConv
 from .plugins import VAESpec
-from .sessions import DecodeSession, EncodeSession
+from .sessions import DecodeSession, EncodeSession, joined, stream
 from .stream import Shard, StreamState
+from .tiles import Half
+from .timestep import draw, mixed
 from .winograd import Winograd
 
-HALVES = ("encoder", "decoder")
+HALVES: tuple[Half, Half] = ("encoder", "decoder")
 
 
 class WanVAE(Pretrained):
@@ -56,6 +59,8 @@ class WanVAE(Pretrained):
         self._winograd = Winograd()
         for name, module in self.named_modules():
             module.slot = name  # type: ignore[assignment]
+            if isinstance(module, CausalConv) and module.kernel_size == (3, 3, 3):
+                module.ahead = int(config.chunk > 0)
 
     @property
     def backend(self) -> str:
@@ -125,9 +130,11 @@ class WanVAE(Pretrained):
         """A stream of frames to latents; its `push` takes the next chunk."""
         return EncodeSession(self, shard=shard, compile=compile)
 
-    def decode_session(self, *, shard: Shard | None = None, compile: Mapping[str, Any] | None = None) -> DecodeSession:
+    def decode_session(
+        self, *, shard: Shard | None = None, compile: Mapping[str, Any] | None = None, generator: torch.Generator | None = None
+    ) -> DecodeSession:
         """A stream of latents to frames; its `push` takes the next chunk."""
-        return DecodeSession(self, shard=shard, compile=compile)
+        return DecodeSession(self, shard=shard, compile=compile, generator=generator)
 
     def convolution(self, half: str) -> Convolution:
         """What computes the convolutions of "encoder" or "decoder"; transformed filters of the other half make room."""
@@ -143,38 +150,41 @@ class WanVAE(Pretrained):
     def encode(self, video: Tensor) -> Tensor:
         """Video to normalised latents, the mean of the posterior. ValueError where T, H or W does not divide."""
         self.check_video(video)
-        return _whole(self.encode_session(), video.split([1, *[self.config.stride[0]] * (video.shape[2] // self.config.stride[0])], dim=2))
+        return _whole(self.encode_session(), self._split("encoder", video))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Normalised latents to video, clamped to [-1, 1]. The decoder draws no noise: `generator` is not used."""
+        """Normalised latents to video, clamped to [-1, 1].
+
+        A conditioned decoder takes its noise from `generator`, or from a fixed seed; others draw none.
+        """
         self.check_latents(latents)
-        return _whole(self.decode_session(), latents.split(1, dim=2))
+        return _whole(self.decode_session(generator=generator), self._split("decoder", latents))
 
     @torch.no_grad()
     def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Chunks of frames to chunks of latents: the first has 1 frame (or 1 + k * stride[0]), every other k * stride[0].
 
+        Where the config has a `chunk`, latents come when that is full, and the rest at the end.
         The generator holds the state, so streams may be interleaved. ValueError for a chunk that breaks the rule.
         """
-        session = self.encode_session()
-        for chunk in chunks:
-            yield session.push(chunk)
+        yield from stream(self.encode_session(), chunks)
 
     @torch.no_grad()
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def decode_stream(self, chunks: Iterable[Tensor], *, generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """Chunks of latents to chunks of frames: the first has 1 latent frame, every other one or more.
 
+        Where the config has a `chunk`, frames come when that is full, and the rest at the end.
         The generator holds the state, so streams may be interleaved.
         """
-        session = self.decode_session()
-        for chunk in chunks:
-            yield session.push(chunk)
+        yield from stream(self.decode_session(generator=generator), chunks)
 
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents, before normalisation; differentiable."""
         self.check_video(video)
-        return self.encode_step(video, StreamState(carry=False, convolution=self._convolution("encoder")))
+        state = StreamState(convolution=self._convolution("encoder"))
+        mean, logvar = zip(*self._passed(self.encode_step, chunks_of(self.config, "encoder", video), state), strict=True)
+        return joined(mean), joined(logvar)
 
     def reconstruct(
         self, video: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
@@ -182,14 +192,35 @@ class WanVAE(Pretrained):
         """`(video, mean, logvar)`: the reconstruction, unclamped, and the moments; differentiable.
 
         Decodes a sample of the posterior in training mode or where a generator is given, one for all or one for each video, else its mean.
+        In training mode a conditioned decoder meets a share of noise from [0, `config.max_timestep`], drawn for each video, and is told as
+        much; else what it meets in `decode`.
         """
         mean, logvar = self.moments(video)
-        latents = mean
+        latents, each = mean, _each(generator, len(mean))
         if self.training or generator is not None:
-            noise = torch.stack([_noise(one, own) for one, own in zip(mean, _each(generator, len(mean)), strict=True)])
+            noise = torch.stack([_noise(one, own) for one, own in zip(mean, each, strict=True)])
             latents = mean + noise.to(mean) * torch.exp(0.5 * logvar.clamp(-30, 20))
-        state = StreamState(carry=False, convolution=self._convolution("decoder"))
-        return self.decode_step(latents, state), mean, logvar
+        state = StreamState(convolution=self._convolution("decoder"))
+        if self.config.timestep_conditioning:
+            noise, share, state.timestep = draw(self.config, latents, each, self.training)
+            latents = self.denormalise(mixed(self.normalise(latents), noise, share))
+        return joined(self._passed(self.decode_step, chunks_of(self.config, "decoder", latents), state)), mean, logvar
+
+    def _passed(self, step: Callable[[Tensor, StreamState], Any], chunks: Sequence[Tensor], state: StreamState) -> list[Any]:
+        """All chunks of a clip, gradients going through what is carried from one to the next; the last leaves nothing behind."""
+        made = []
+        for left, chunk in zip(range(len(chunks) - 1, -1, -1), chunks, strict=True):
+            state.carry = left > 0
+            made.append(step(chunk, state))
+            state.started = True
+        return made
+
+    def _split(self, half: Half, x: Tensor) -> Sequence[Tensor]:
+        """A clip in the smallest chunks that may be computed one by one."""
+        if self.config.chunk:
+            return chunks_of(self.config, half, x)
+        time = self.config.stride[0] if half == "encoder" else 1
+        return x.split([1, *[time] * ((x.shape[2] - 1) // time)], dim=2)
 
     @torch.no_grad()
     def fit_normaliser(self, batches: Iterable[Tensor]) -> None:
@@ -210,7 +241,7 @@ class WanVAE(Pretrained):
             "encoder": [self.encoder.conv_in, self.encoder.levels, self.encoder.middle],
             "encoder_head": [self.encoder.head, self.quant_conv],
             "decoder_input": [self.post_quant_conv, self.decoder.conv_in],
-            "decoder": [self.decoder.middle, self.decoder.levels],
+            "decoder": [self.decoder.middle, self.decoder.levels, *filter(None, [self.decoder.timestep])],
             "decoder_head": [self.decoder.head],
         }
         return {name: [parameter for module in modules for parameter in module.parameters()] for name, modules in parts.items()}
@@ -226,9 +257,18 @@ class WanVAE(Pretrained):
         return spec_of(self.config, self.name)
 
     def fingerprint(self) -> str:
-        """sha256 of all that decides what a video becomes: weights and statistics."""
-        statistics = f"{super().fingerprint()} {self.config.latents_mean} {self.config.latents_std}"
-        return hashlib.sha256(statistics.encode()).hexdigest()
+        """sha256 of all that decides what a video becomes: weights, statistics, and what the config has beyond Wan's."""
+        config = self.config
+        facts = f"{super().fingerprint()} {config.latents_mean} {config.latents_std}{config.beyond_wan or ''}"
+        if config.timestep_conditioning:
+            facts += f" {config.decode_timestep} {config.decode_noise_scale}"
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    def conditioned(self) -> WanVAE:
+        """A copy whose decoder is told the timestep (`wan_vae.timestep.conditioned`)."""
+        from .timestep import conditioned
+
+        return conditioned(self)
 
     def reinitialised(self, **architecture: Any) -> Self:
         """A new VAE with fresh weights and this one's config, with the fields in `architecture` changed and no statistics yet."""
@@ -314,6 +354,15 @@ def spec_of(config: VAEConfig, name: str | None = None) -> VAESpec:
     )
 
 
+def untrained(config: VAEConfig | None = None) -> WanVAE:
+    """A VAE with fresh weights. ValueError without a config: it is of architectures that nobody has published weights for."""
+    if config is None:
+        raise ValueError(
+            "this is an architecture without weights: train it with wan-train (objective 'vae', init = 'random'), and load what comes of it"
+        )
+    return WanVAE(config)
+
+
 def _each(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> Sequence[torch.Generator | None]:
     return generator if isinstance(generator, Sequence) else count * [generator]
 
@@ -334,4 +383,4 @@ def _whole(session: EncodeSession | DecodeSession, chunks: Sequence[Tensor]) -> 
     *others, last = chunks
     made = [session.push(chunk) for chunk in others]
     session.state.carry = False
-    return torch.cat([*made, session.push(last)], dim=2)
+    return torch.cat([*made, session.push(last), *session.finish()], dim=2)

@@ -20,10 +20,12 @@ BLOCK = {
     "norm2": ("residual.3", "norm2"),
     "conv2": ("residual.6", "conv2"),
     "shortcut": ("shortcut", "conv_shortcut"),
+    **{name: (name, name) for name in ("scale_shift1", "scale_shift2")},  # ours alone, and so is what follows of the kind
 }
 ATTENTION = {name: (name, name) for name in ("norm", "to_qkv", "proj")}
 RESAMPLE = {"conv": ("resample.1", "resample.1"), "time_conv": ("time_conv", "time_conv")}
 HALF = {"conv_in": ("conv1", "conv_in"), "head.norm": ("head.0", "norm_out"), "head.conv": ("head.2", "conv_out")}
+TIMED = {name: (name, name) for name in ("head.scale_shift", "timestep.linear1", "timestep.linear2")}
 TOP = {"quant_conv": ("conv1", "quant_conv"), "post_quant_conv": ("conv2", "post_quant_conv")}
 
 
@@ -53,7 +55,7 @@ def _modules(config: VAEConfig) -> dict[str, tuple[str, str]]:
         table.update({f"{own}.{part}": (f"{official}.{a}", f"{diffusers}.{b}") for part, (a, b) in parts.items()})
 
     for half, down, blocks in (("encoder", "down", config.num_res_blocks), ("decoder", "up", config.num_res_blocks + 1)):
-        add(half, half, half, HALF)
+        add(half, half, half, {**HALF, **TIMED})
         add(f"{half}.middle.block1", f"{half}.middle.0", f"{half}.mid_block.resnets.0", BLOCK)
         add(f"{half}.middle.attention", f"{half}.middle.1", f"{half}.mid_block.attentions.0", ATTENTION)
         add(f"{half}.middle.block2", f"{half}.middle.2", f"{half}.mid_block.resnets.1", BLOCK)

@@ -90,8 +90,9 @@ class Setting:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Latent frames of the first chunks; after three nothing changes any more."""
-        return (1,) if self.frames == 1 else (1, self.chunk, self.chunk)
+        """Latent frames of the first chunks; after three nothing changes any more. A VAE that takes chunks whole says how many."""
+        chunk = self.config.chunk or self.chunk
+        return (1,) if self.frames == 1 else (1, chunk, chunk)
 
 
 def make_plan(setting: Setting, mode: Mode | None = None) -> Plan:
@@ -132,7 +133,7 @@ def free_budget(device: torch.device) -> int:
 
 def config_of(spec: VAESpec) -> VAEConfig:
     """The configuration of a VAE; of a preset without its weights. ValueError for one of another kind."""
-    if spec.name in PRESETS and spec.target == "wan_vae.model:WanVAE":
+    if spec.name in PRESETS and spec.target in ("wan_vae.model:WanVAE", "wan_vae.model:untrained"):
         return PRESETS[spec.name]
     target = spec.resolve()
     other = isinstance(target, type) and not issubclass(target, WanVAE)  # told before weights are fetched

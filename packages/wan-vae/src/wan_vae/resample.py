@@ -77,33 +77,42 @@ def _dirac(conv: nn.Conv3d, tap: int) -> None:
 
 
 class AverageDown(nn.Module):
-    """Shortcut of an encoder level: space and time to channels, then the mean over groups of neighbouring channels."""
+    """Shortcut of an encoder level: space and time to channels, then the mean over groups of neighbours, or each repeated."""
 
     def __init__(self, dim: int, out_dim: int, time: int, space: int) -> None:
         super().__init__()
-        if dim * time * space**2 % out_dim:
-            raise ValueError(f"no shortcut for a level of width {dim} -> {out_dim}: {dim} * {time * space**2} does not divide by {out_dim}")
         self.out_dim, self.time, self.space = out_dim, time, space
+        self.repeats = _repeats(dim, out_dim, dim * time * space**2, out_dim)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         x_BCTHW = F.pad(x_BCTHW, (0, 0, 0, 0, -x_BCTHW.shape[2] % self.time, 0))
         folded_BCTHW = rearrange(x_BCTHW, "b c (t ft) (h fh) (w fw) -> b (c ft fh fw) t h w", ft=self.time, fh=self.space, fw=self.space)
+        if self.repeats > 1:
+            return folded_BCTHW.repeat_interleave(self.repeats, dim=1)
         return folded_BCTHW.unflatten(1, (self.out_dim, -1)).mean(2)
 
 
 class RepeatUp(nn.Module):
-    """Shortcut of a decoder level: every channel repeated, then channels to space and time."""
+    """Shortcut of a decoder level: every channel repeated, or the mean over groups of them, then channels to space and time."""
 
     def __init__(self, dim: int, out_dim: int, time: int, space: int) -> None:
         super().__init__()
-        if out_dim * time * space**2 % dim:
-            raise ValueError(f"no shortcut for a level of width {dim} -> {out_dim}: {out_dim} * {time * space**2} does not divide by {dim}")
-        self.repeats, self.time, self.space = out_dim * time * space**2 // dim, time, space
+        self.folded, self.time, self.space = out_dim * time * space**2, time, space
+        self.repeats = _repeats(dim, out_dim, dim, self.folded)
 
     def forward(self, x_BCTHW: Tensor, state: StreamState) -> Tensor:
+        if x_BCTHW.shape[1] > self.folded:
+            x_BCTHW = x_BCTHW.unflatten(1, (self.folded, -1)).mean(2)
         repeated_BCTHW = x_BCTHW.repeat_interleave(self.repeats, dim=1)
         x_BCTHW = rearrange(repeated_BCTHW, "b (c ft fh fw) t h w -> b c (t ft) (h fh) (w fw)", ft=self.time, fh=self.space, fw=self.space)
         return x_BCTHW if state.started else x_BCTHW[:, :, self.time - 1 :]
+
+
+def _repeats(dim: int, out_dim: int, have: int, want: int) -> int:
+    """How often a shortcut repeats each of `have` channels to have `want`; 1 where it takes means. ValueError where neither divides."""
+    if have % want and want % have:
+        raise ValueError(f"no shortcut for a level of width {dim} -> {out_dim}: neither of {have} and {want} channels divides the other")
+    return max(1, want // have)
 
 
 class DownLevel(nn.Module):
@@ -128,9 +137,9 @@ class UpLevel(nn.Module):
     Without shortcuts (Wan2.1) the upsampler halves the width.
     """
 
-    def __init__(self, dim: int, out_dim: int, blocks: int, *, up: bool, time: bool, residual: bool) -> None:
+    def __init__(self, dim: int, out_dim: int, blocks: int, *, up: bool, time: bool, residual: bool, timed: bool = False) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(dim if i == 0 else out_dim, out_dim) for i in range(blocks))
+        self.blocks = nn.ModuleList(ResBlock(dim if i == 0 else out_dim, out_dim, timed) for i in range(blocks))
         self.resample = Upsample(out_dim, out_dim if residual else out_dim // 2, time) if up else None
         self.shortcut = RepeatUp(dim, out_dim, 1 + time, 2) if residual and up else None
 

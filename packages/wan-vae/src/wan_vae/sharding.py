@@ -102,7 +102,9 @@ def encode_sharded(vae: WanVAE, chunks: Iterable[Tensor], *, group: dist.Process
         if session is None:
             shard = RowShard.even(chunk.shape[3] // vae.spec.stride[1], group)
             session = vae.encode_session(shard=shard)
-        yield shard.gather(session.push(shard.own(chunk)))
+        if (latents := session.push(shard.own(chunk))).shape[2]:
+            yield shard.gather(latents)
+    yield from () if session is None else map(shard.gather, session.finish())
 
 
 def decode_sharded(vae: WanVAE, chunks: Iterable[Tensor], *, group: dist.ProcessGroup | None = None) -> Iterator[Tensor]:
@@ -116,4 +118,6 @@ def decode_sharded(vae: WanVAE, chunks: Iterable[Tensor], *, group: dist.Process
         if session is None:
             shard = RowShard.even(chunk.shape[3], group)
             session = vae.decode_session(shard=shard)
-        yield shard.gather(session.push(shard.own(chunk)))
+        if (video := session.push(shard.own(chunk))).shape[2]:
+            yield shard.gather(video)
+    yield from () if session is None else map(shard.gather, session.finish())

@@ -45,6 +45,8 @@ class StreamState:
     started: whether a chunk has passed; the first frame bypasses all temporal resampling
     convolution: computes the convolutions
     shard: the rows that this process holds, None for all
+    timestep: how much noise a conditioned decoder is told there is, `[B]` or for all `[1]`; None: none
+    embedding: of that timestep
     held: whether this chunk of the stream repeats the last one; then blocks are compared, and what repeats is reused
     """
 
@@ -52,6 +54,8 @@ class StreamState:
     started: bool = False
     convolution: Convolution = field(default_factory=Convolution)
     shard: Shard | None = None
+    timestep: Tensor | None = None
+    embedding: Tensor | None = None
     history: dict[str, Tensor] = field(default_factory=dict)
     held: bool = False
     last: Tensor | None = None

@@ -25,7 +25,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Redraw every parameter, so that no path is hidden by an initial zero or one: gains about 1, matrices by fan-in."""
+    """Redraw every parameter but single numbers, so that no path is hidden by an initial zero or one: gains about 1, matrices by fan-in."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -34,7 +34,7 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(1 + 0.2 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.1 * noise)
-            else:
+            elif parameter.ndim:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
 
 

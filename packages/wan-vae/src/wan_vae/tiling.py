@@ -12,18 +12,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import product, tee
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from .chunks import Waiting
 from .model import WanVAE
 from .parking import Parking
 from .plugins import VAESpec
+from .sessions import joined, no_frames, no_latents, stream
 from .stream import StreamState
 from .tiles import Half, Span, blending_weights, kept_apart, overlapping, reach
+from .timestep import FrameNoise, mixed, told
 
+T = TypeVar("T")
 Place = tuple[Span, Span]
 MODES = ("exact", "blend")
 
@@ -76,38 +80,36 @@ class TiledVAE:
         """Video `[B, 3, T, H, W]` to normalised latents."""
         self._check_video(video)
         time = self.spec.stride[0]
-        return torch.cat(list(self.encode_stream(video.split([1, *[time] * (video.shape[2] // time)], dim=2))), dim=2)
+        return torch.cat(list(self.encode_stream(video.split([1, *[time] * ((video.shape[2] - 1) // time)], dim=2))), dim=2)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Normalised latents to video, clamped to [-1, 1]. No noise is drawn: `generator` is not used."""
+        """Normalised latents to video, clamped to [-1, 1]; a conditioned `WanVAE` draws noise, of `generator` or a fixed seed."""
         if isinstance(self.vae, WanVAE):
             self.vae.check_latents(latents)
-        return torch.cat(list(self.decode_stream(latents.split(1, dim=2))), dim=2)
+        return torch.cat(list(self.decode_stream(latents.split(1, dim=2), generator=generator)), dim=2)
 
     def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Chunks of frames to chunks of latents, as the wrapped VAE's."""
         if self.mode == "exact":
-            session = self.encode_session()
-            return (session.push(chunk) for chunk in chunks)
+            return stream(self.encode_session(), chunks)
         return self._blended(chunks, "encoder")
 
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def decode_stream(self, chunks: Iterable[Tensor], *, generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """Chunks of latents to chunks of frames, as the wrapped VAE's."""
         if self.mode == "exact":
-            session = self.decode_session()
-            return (session.push(chunk) for chunk in chunks)
-        return self._blended(chunks, "decoder")
+            return stream(self.decode_session(generator=generator), chunks)
+        return self._blended(chunks, "decoder", generator)
 
     def encode_session(self) -> TiledEncodeSession:
         """A stream of frames to latents in exact tiles; ValueError in "blend" mode."""
         self._exact_only()
         return TiledEncodeSession(self.vae, self.cells)
 
-    def decode_session(self) -> TiledDecodeSession:
+    def decode_session(self, *, generator: torch.Generator | None = None) -> TiledDecodeSession:
         """A stream of latents to frames in exact tiles; ValueError in "blend" mode."""
         self._exact_only()
-        return TiledDecodeSession(self.vae, self.cells)
+        return TiledDecodeSession(self.vae, self.cells, generator)
 
     def _exact_only(self) -> None:
         if self.mode != "exact":
@@ -120,7 +122,7 @@ class TiledVAE:
             raise ValueError(f"video has {video.shape[2]} frames, expected 1 + {self.spec.stride[0]}k")
 
     @torch.no_grad()
-    def _blended(self, chunks: Iterable[Tensor], half: Half) -> Iterator[Tensor]:
+    def _blended(self, chunks: Iterable[Tensor], half: Half, generator: torch.Generator | None = None) -> Iterator[Tensor]:
         _, height, width = self.spec.stride
         into, out = ((height, width), (1, 1)) if half == "encoder" else ((1, 1), (height, width))
         chunks = iter(chunks)
@@ -135,7 +137,8 @@ class TiledVAE:
         copies = tee(_chained(first, chunks), len(axes[0]) * len(axes[1]))
         places = list(product(axes[0], axes[1]))
         parking = Parking(len(places))
-        streams = [self._stream(half, _cut(copy, place, into), place, parking) for copy, place in zip(copies, places, strict=True)]
+        cuts = [_cut(copy, place, into) for copy, place in zip(copies, places, strict=True)]
+        streams = [self._stream(half, cut, place, parking, generator) for cut, place in zip(cuts, places, strict=True)]
         weights = [rows[:, None] * columns for rows, columns in product(*masks)]
         del first, copies
         while (part := next(streams[0], None)) is not None:
@@ -146,23 +149,34 @@ class TiledVAE:
                 _view(blended, place, out).add_(part * weight.to(part.device, blended.dtype))
             yield blended.to(part.dtype)
 
-    def _stream(self, half: Half, chunks: Iterator[Tensor], place: Place, parking: Parking) -> Iterator[Tensor]:
+    def _stream(
+        self, half: Half, chunks: Iterator[Tensor], place: Place, parking: Parking, generator: torch.Generator | None
+    ) -> Iterator[Tensor]:
         """The wrapped VAE over one tile, its history parked between chunks."""
         if not isinstance(self.vae, WanVAE):
             yield from self.vae.encode_stream(chunks) if half == "encoder" else self.vae.decode_stream(chunks)
             return
-        session: Any = self.vae.encode_session() if half == "encoder" else self.vae.decode_session()
+        session: Any = self.vae.encode_session() if half == "encoder" else self.vae.decode_session(generator=generator)
+        device = torch.device("cpu")
         for chunk in chunks:
-            yield _at_work(session.state, place, parking, partial(session.push, chunk), chunk.device)
+            device = chunk.device
+            part = _at_work(session.state, place, parking, partial(session.push, chunk), device)
+            if part.shape[2]:
+                yield part
+        yield from _at_work(session.state, place, parking, session.finish, device)
 
 
 class TiledSession:
-    """What tiled encoding and decoding share: a state for the deepest part, and one for each tile of the rest."""
+    """What tiled encoding and decoding share: a state for the deepest part, and one for each tile of the rest.
+
+    As with `Session`, what is pushed waits where the VAE takes chunks whole, and `finish` gives the rest.
+    """
 
     half: Half
 
     def __init__(self, vae: WanVAE, cells: tuple[int, int]) -> None:
         self.vae, self.cells = vae, cells
+        self.waiting, self.ended = Waiting(vae.config, self.half), False
         self.deep = StreamState(convolution=vae.convolution(self.half))
         self.tiles: dict[Place, StreamState] = {}
         self.parking = Parking(0)
@@ -180,9 +194,21 @@ class TiledSession:
         if self.grid is None:
             before, after = reach(self.vae.config, self.half)
             rows, columns = (kept_apart(size, side, before, after) for size, side in zip(grid, self.cells, strict=True))
-            self.tiles = {place: StreamState(convolution=self.deep.convolution) for place in product(rows, columns)}
+            shared: dict[str, Any] = {"convolution": self.deep.convolution, "timestep": self.deep.timestep}
+            self.tiles = {place: StreamState(**shared) for place in product(rows, columns)}
             self.parking = Parking(len(self.tiles))
             self.grid = grid
+
+    def ready(self, x: Tensor) -> list[Tensor]:
+        """The chunks that can be computed now. ValueError where the stream has ended."""
+        if self.ended:
+            raise ValueError("the stream has ended: start another session")
+        return self.waiting.push(x)
+
+    def rest(self) -> list[Tensor]:
+        """The last chunk, where one waits; the stream ends."""
+        self.ended = True
+        return self.waiting.rest()
 
     def close(self) -> None:
         """Note that a chunk has passed."""
@@ -198,9 +224,21 @@ class TiledEncodeSession(TiledSession):
     @torch.no_grad()
     def push(self, video: Tensor, *, moments: bool = False) -> Any:
         """The latents of a chunk, normalised; with `moments` a pair of them and their log-variance."""
-        vae, (_, height, width) = self.vae, self.vae.config.stride
-        vae.check_video(video, started=self.started)
+        _, height, width = self.vae.config.stride
+        self.vae.check_video(video, started=self.started)
         self.open((video.shape[3] // height, video.shape[4] // width))
+        made = [self._encoded(chunk) for chunk in self.ready(video)]
+        latents, logvar = map(joined, zip(*made, strict=True)) if made else [no_latents(self.vae, video)] * 2
+        return (latents, logvar) if moments else latents
+
+    @torch.no_grad()
+    def finish(self, *, moments: bool = False) -> list[Any]:
+        """What was still waiting, as `push` gives it: one chunk of latents or none. The stream ends."""
+        made = [self._encoded(chunk) for chunk in self.rest()]
+        return made if moments else [latents for latents, _ in made]
+
+    def _encoded(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        vae, (_, height, width) = self.vae, self.vae.config.stride
         video, p, features = video.to(vae.quant_conv.weight.dtype), vae.config.patch_size, None
         for (rows, columns), state in self.tiles.items():
             seen = video[..., rows.low * height : rows.high * height, columns.low * width : columns.high * width]
@@ -214,8 +252,7 @@ class TiledEncodeSession(TiledSession):
         assert features is not None
         mean, logvar = vae.quant_conv(vae.encoder.bottom(features, self.deep), self.deep).chunk(2, dim=1)
         self.close()
-        latents = vae.normalise(mean)
-        return (latents, logvar) if moments else latents
+        return vae.normalise(mean), logvar
 
     def _sizes(self) -> tuple[int, int]:
         assert self.grid is not None
@@ -227,12 +264,28 @@ class TiledDecodeSession(TiledSession):
 
     half = "decoder"
 
+    def __init__(self, vae: WanVAE, cells: tuple[int, int], generator: torch.Generator | None = None) -> None:
+        super().__init__(vae, cells)
+        self.noise = FrameNoise.of(generator) if vae.config.timestep_conditioning else None
+        self.deep.timestep = told(vae.config, vae.last_layer.device)
+
     @torch.no_grad()
     def push(self, latents: Tensor) -> Tensor:
         """The frames of a chunk, clamped to [-1, 1]."""
-        vae, (_, height, width) = self.vae, self.vae.config.stride
-        vae.check_latents(latents)
+        self.vae.check_latents(latents)
         self.open((latents.shape[3], latents.shape[4]))
+        made = [self._decoded(chunk) for chunk in self.ready(latents)]
+        return joined(made) if made else no_frames(self.vae, latents)
+
+    @torch.no_grad()
+    def finish(self) -> list[Tensor]:
+        """What was still waiting: one chunk of frames or none. The stream ends."""
+        return [self._decoded(chunk) for chunk in self.rest()]
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        vae, (_, height, width) = self.vae, self.vae.config.stride
+        if self.noise is not None:
+            latents = mixed(latents, self.noise.frames(latents), vae.config.decode_noise_scale)
         latents = vae.denormalise(latents).to(vae.post_quant_conv.weight.dtype)
         features = vae.decoder.bottom(vae.post_quant_conv(latents, self.deep), self.deep)
         p, video = vae.config.patch_size, None
@@ -272,7 +325,7 @@ def _chained(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
     yield from rest
 
 
-def _at_work(state: StreamState, place: Place, parking: Parking, run: Callable[[], Tensor], device: torch.device) -> Tensor:
+def _at_work(state: StreamState, place: Place, parking: Parking, run: Callable[[], T], device: torch.device) -> T:
     """Run one tile with its history in place, which then gives way to that of the next."""
     if parking.tiles <= 1:
         return run()

@@ -198,7 +198,8 @@ def build(
         if value.shape != expected[key].shape:
             raise ValueError(f"'{source}': tensor '{key}' is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
     dtype = dtype or default_dtype(state, device)
-    module.load_state_dict({k: value.to(device, value.dtype if k in kept else dtype) for k, value in state.items()}, assign=True)
+    types = {key: dtype if like.is_floating_point() else like.dtype for key, like in expected.items()}  # counts stay whole numbers
+    module.load_state_dict({k: value.to(device, value.dtype if k in kept else types[k]) for k, value in state.items()}, assign=True)
     return module.eval()
 
 

@@ -1,7 +1,8 @@
-"""The VAE objective, in phases (report, section 4.1.2): L1, KL and, where they are asked for, a perceptual term and an adversary.
+"""The VAE objective, in phases (report, section 4.1.2): L1, KL and, where asked for, wavelets, a perceptual term and an adversary.
 
 The report trains a VAE of pictures, makes it one of videos, and lets a discriminator sharpen it; L1 : KL : LPIPS are 3 : 3e-6 : 3. DC-AE
-(arXiv 2410.10733) adapts one to high resolution by training parts of it. Both are phases of this objective.
+(arXiv 2410.10733) adapts one to high resolution by training parts of it. Both are phases of this objective. It trains whatever satisfies
+`wan_train.contracts.TrainableVAE`: of any stride, with a posterior or without.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..config import read_settings
 from ..parts import check_clips, fresh
 from ..plugins import find
-from .discriminator import Discriminator, DiscriminatorSettings, adversarial
-from .inflation import inflate
+from .discriminator import DiscriminatorSettings, adversarial
+from .inflation import check_inflation, inflate
 from .perceptual import Perceptual
 from .phases import Phase, phase_at
+from .wavelet import wavelet_distance
 
 if TYPE_CHECKING:
     import pluggy
@@ -37,7 +40,9 @@ FLOOR = 1e-4  # squared error, 46 dB, below which the logarithm hardly counts
 class VAESettings(BaseModel):
     """vae: the part by name; init: `random` or `pretrained`; architecture: fields of its config to change.
 
-    l1, l2, kl: weights of the loss; log_l2: of the logarithm of the squared error, which counts a dB the same in clips easy and hard
+    l1, l2, kl: weights of the loss; log_l2: of the logarithm of the squared error, which counts a dB the same in clips easy and hard.
+    A VAE without a posterior has no KL
+    wavelet: weight of L1 on the sub-bands of a Haar transform over time, height and width (`wavelet`) of so many `wavelet_levels`
     perceptual: weight of the distance that the network in the file `perceptual_weights` gives (`perceptual`); off without one, and said so
     discriminator: of phases with an adversary
     statistics: clips the latent mean and deviation are measured on, once, at the end
@@ -53,6 +58,8 @@ class VAESettings(BaseModel):
     l2: float = Field(0.0, ge=0)
     log_l2: float = Field(0.0, ge=0)
     kl: float = Field(3e-6, ge=0)
+    wavelet: float = Field(0.0, ge=0)
+    wavelet_levels: int = Field(1, gt=0)
     perceptual: float = Field(0.0, ge=0)
     perceptual_weights: Path | None = None
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
@@ -78,8 +85,7 @@ class VAEObjective:
         self.vae = fresh(find("wan_vaes", self.settings.vae, pm), self.settings.init, self.settings.architecture, device)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         if any(phase.adversary for phase in self.settings.phases):
-            given = self.settings.discriminator
-            self.modules["discriminator"] = Discriminator(given.base_dim, given.levels).to(device)
+            self.modules["discriminator"] = self.settings.discriminator.build().to(device)
         self.perceptual = self._perceptual()
         clips = dataset.video([0])
         check_clips(clips, self.vae.spec.stride, *clips.shape[2:])  # previews are of whole clips
@@ -87,6 +93,8 @@ class VAEObjective:
             for frames, size in phase.shapes:
                 check_clips(clips, self.vae.spec.stride, frames, size, size)
             self._check(phase)
+        if any(phase.inflate for phase in self.settings.phases):
+            check_inflation(self.vae, min(size for phase in self.settings.phases for size in phase.size))
 
     def _perceptual(self) -> Perceptual | None:
         settings = self.settings
@@ -109,12 +117,10 @@ class VAEObjective:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Muon may train the convolutions inside the two halves; the first and the last of each, and a discriminator, stay with AdamW."""
-        named = list(self.vae.named_parameters())
-        inner = [
-            param for name, param in named if (".levels." in name or ".middle." in name) and param.ndim > 3 and not name.endswith("gamma")
-        ]
-        chosen = {id(param) for param in inner}
-        rest = [param for _, param in named if id(param) not in chosen]
+        parts = self.vae.parameter_groups()
+        encoder, decoder = ([param for param in parts.get(half, []) if _mixes(param)] for half in ("encoder", "decoder"))
+        chosen = {id(param) for param in (*encoder[1:], *decoder)}  # the encoder's first takes pixels
+        inner, rest = ([param for param in self.vae.parameters() if (id(param) in chosen) is wanted] for wanted in (True, False))
         groups: list[dict[str, Any]] = [{"params": inner, "muon": True}, {"params": rest}]
         if (discriminator := self.modules.get("discriminator")) is not None:
             groups.append({"params": list(discriminator.parameters()), "scale": self.settings.discriminator.scale})
@@ -153,9 +159,14 @@ class VAEObjective:
         parts = self.vae.parameter_groups() if phases[now].trains else {}
         for param in (param for name in phases[now].trains for param in parts[name]):
             param.requires_grad_(True)
+        for module in self.vae.modules():
+            if isinstance(module, _NormBase):  # statistics of the batch only where a phase trains the norm, or all
+                module.train(not phases[now].trains or any(param.requires_grad for param in module.parameters()))
         if (discriminator := self.modules.get("discriminator")) is not None:
             discriminator.requires_grad_(phases[now].adversary > 0)
         begun = phases[0 if before < 0 else phase_at(phases, before) + 1 : now + 1]
+        if begun:
+            _agree(self.vae)
         if any(phase.inflate for phase in begun):
             inflate(self.vae, averages["vae"])
         return bool(begun)
@@ -164,18 +175,23 @@ class VAEObjective:
         settings, video = self.settings, batch.video.to(self.device)
         output, mean, logvar = self.vae.reconstruct(video, batch.generators)
         output = output.float()
-        difference = (output - video).flatten(1)
-        l1, l2 = difference.abs().mean(1), difference.square().mean(1)
+        difference = output - video
+        l1, l2 = difference.abs().flatten(1).mean(1), difference.square().flatten(1).mean(1)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1) if logvar is not None else torch.zeros_like(l1)
         reconstruction = settings.l1 * l1 + settings.l2 * l2 + settings.log_l2 * (l2 + FLOOR).log()
         figures = {"l1": l1.detach(), "kl": kl.detach(), "psnr": _psnr(l2.detach())}
+        if settings.wavelet:
+            distance = wavelet_distance(difference, settings.wavelet_levels)
+            reconstruction = reconstruction + settings.wavelet * distance
+            figures["wavelet"] = distance.detach()
         if self.perceptual is not None:
             distance = self.perceptual(output, video)
             reconstruction = reconstruction + settings.perceptual * distance
             figures["perceptual"] = distance.detach()
         losses = reconstruction + settings.kl * kl
         if batch.phase.adversary:
-            generator, discriminator = adversarial(self.modules["discriminator"], video, output, reconstruction)
+            pair = settings.discriminator.judges == "pair"
+            generator, discriminator = adversarial(self.modules["discriminator"], video, output, reconstruction, pair)
             losses = losses + batch.phase.adversary * generator + discriminator
             figures |= {"adversary": generator.detach(), "discriminator": discriminator.detach()}
         return losses, figures
@@ -202,9 +218,30 @@ class VAEObjective:
 
     def export(self, modules: dict[str, nn.Module], folder: str) -> None:
         vae: Any = modules["vae"].to(self.device)
-        indices = range(0, self.samples, max(1, self.samples // self.settings.statistics))  # all data sets of a mix have their share
-        vae.fit_normaliser(self.dataset.video([index]).to(self.device) for index in indices)
-        vae.half().save_pretrained(Path(folder) / "vae")
+        if not self._keeps_latents():
+            indices = range(0, self.samples, max(1, self.samples // self.settings.statistics))  # all data sets of a mix have their share
+            vae.fit_normaliser(self.dataset.video([index]).to(self.device) for index in indices)
+        numbers = [value for value in vae.state_dict().values() if value.is_floating_point()]
+        fits = all(bool((value.abs() <= torch.finfo(torch.float16).max).all()) for value in numbers)  # variances of batches may not
+        (vae.half() if fits else vae).save_pretrained(Path(folder) / "vae")
+
+    def _keeps_latents(self) -> bool:
+        """Whether the encoder stays as it was, so that backbones may go on with the latents: then their statistics stay too."""
+        trained = {part for phase in self.settings.phases for part in phase.trains or ("encoder",)}
+        return self.settings.init == "pretrained" and not trained & {"encoder", "encoder_head"}
+
+
+def _agree(module: nn.Module) -> None:
+    """Statistics that each process has gathered of batches of its own become their mean, before a phase that freezes them."""
+    if dist.is_initialized():
+        for buffer in (buffer for buffer in module.buffers() if buffer.is_floating_point()):
+            dist.all_reduce(buffer)
+            buffer /= dist.get_world_size()
+
+
+def _mixes(param: nn.Parameter) -> bool:
+    """Whether it is the weight of a convolution that mixes channels: neither a norm's nor one of each channel by itself."""
+    return param.ndim > 3 and param.shape[1] > 1
 
 
 def _psnr(mean_square: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from .tree import SEPARATOR
 CONFIGS = {  # class of a module: that of its config
     "wan_dit.model:WanDiT": "wan_dit.config:DiTConfig",
     "wan_vae.model:WanVAE": "wan_vae.config:VAEConfig",
+    "wan_vae.codecs.dcae:DCAE": "wan_vae.codecs.dcae_config:DCAEConfig",
+    "wan_vae.codecs.ltx:LTXVAE": "wan_vae.codecs.ltx_config:LTXConfig",
     "wan_text.encoder:TextEncoder": "wan_text.config:UMT5Config",
 }
 

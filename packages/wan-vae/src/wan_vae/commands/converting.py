@@ -17,7 +17,7 @@ SUFFIXES = {"official": (".pth", ".safetensors"), "comfy": (".safetensors",)}  #
 LAYOUTS = {
     "official": "one file in official names",
     "comfy": "one .safetensors file in official names",
-    "diffusers": "folder of AutoencoderKLWan",
+    "diffusers": "folder for diffusers",
     "wan": "our folder, which keeps every fact",
 }
 
@@ -30,13 +30,19 @@ def add(commands: Any) -> None:
     what = "; ".join(f"{name}: {text}" for name, text in LAYOUTS.items())
     parser.add_argument("--to", choices=LAYOUTS, required=True, help=what)
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: the checkpoint's own)")
+    text = "let the decoder take out noise, as it can then be trained to; until then it decodes as before (for --to wan)"
+    parser.add_argument("--timestep-conditioning", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
 
 
 def _convert(args: argparse.Namespace) -> None:
     spec, out = find_vae(args.source), Path(args.out)
     _check_output(args, out)  # before anything is read, or fetched
+    if args.timestep_conditioning and args.to != "wan":
+        raise ValueError(f"--timestep-conditioning makes a VAE that --to {args.to} cannot hold: use --to wan")
     vae = _load(spec, args)
+    if args.timestep_conditioning:
+        vae = _conditioned(vae)
     if args.to == "wan":
         vae.save_pretrained(out)
     elif args.to == "diffusers":
@@ -44,7 +50,7 @@ def _convert(args: argparse.Namespace) -> None:
     else:
         _save_official(vae, out)
     weights = list(vae.state_dict().values())
-    kinds = "/".join(sorted({str(value.dtype).removeprefix("torch.") for value in weights}))
+    kinds = "/".join(sorted({str(value.dtype).removeprefix("torch.") for value in weights if value.is_floating_point()}))
     print(f"{out}: {LAYOUTS[args.to]}, {len(weights)} tensors, {sum(value.numel() for value in weights):,} parameters in {kinds}")
 
 
@@ -94,27 +100,37 @@ def _load(spec: VAESpec, args: argparse.Namespace) -> Pretrained:
     return vae
 
 
-def _save_diffusers(vae: Pretrained, out: Path) -> None:
-    from ..diffusers_config import diffusers_config, from_diffusers
-    from ..export import save_diffusers
+def _conditioned(vae: Pretrained) -> Pretrained:
     from ..model import WanVAE
+    from ..timestep import conditioned
 
     if not isinstance(vae, WanVAE):
-        raise ValueError(f"diffusers' AutoencoderKLWan cannot hold a {type(vae).__name__}; use --to official or --to wan")
+        raise ValueError(f"--timestep-conditioning is for Wan VAEs, not for a {type(vae).__name__}")
+    return conditioned(vae)
+
+
+def _save_diffusers(vae: Pretrained, out: Path) -> None:
+    from .._shared.files import read_json
+    from ..diffusers_config import from_diffusers
+    from ..export import save_diffusers
+
     save_diffusers(vae, out)
-    _warn_of_loss(vae, from_diffusers(diffusers_config(vae.config), out), out)
+    read = getattr(vae, "from_diffusers", from_diffusers)
+    _warn_of_loss(vae, read(read_json(out / "config.json"), out), out)
 
 
 def _save_official(vae: Pretrained, out: Path) -> None:
-    from ..codecs import taehv_config
+    from ..codecs import dcae_config, dcae_infer, taehv_config
     from ..export import save_official
     from ..layouts import infer_config
 
     save_official(vae, out)
+    if hasattr(vae, "to_official"):  # its metadata keep every fact
+        return
     names = vae.official_names(vae.config)
     shapes = {names[key]: tuple(value.shape) for key, value in vae.state_dict().items()}
-    infer = taehv_config.infer_config if isinstance(vae.config, taehv_config.TAEHVConfig) else infer_config
-    _warn_of_loss(vae, infer(shapes, out), out)
+    others: dict[type, Any] = {taehv_config.TAEHVConfig: taehv_config.infer_config, dcae_config.DCAEConfig: dcae_infer.infer_config}
+    _warn_of_loss(vae, others.get(type(vae.config), infer_config)(shapes, out), out)
 
 
 def _warn_of_loss(vae: Pretrained, read: Any, out: Path) -> None:

@@ -94,7 +94,7 @@ def _backend(spec: VAESpec) -> str:
     from ..config import PRESETS
     from ..model import WanVAE
 
-    if spec.target != "wan_vae.model:WanVAE" or spec.name not in PRESETS:
+    if spec.target not in ("wan_vae.model:WanVAE", "wan_vae.model:untrained") or spec.name not in PRESETS:
         return ""
     with torch.device("meta"):
         return WanVAE(PRESETS[spec.name]).backend_on(torch.device(best_device()))
