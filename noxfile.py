@@ -110,7 +110,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tiny(session: nox.Session) -> None:
-    """Train the built-in models again, some four hours of one core, and put them, their logs and curves in place."""
+    """Train the built-in models again, some five hours of one core, and put them, their logs and curves in place."""
     environment(session)
     for recipe, parts in TINY.items():
         session.run(str(BIN / "wan-train"), "run", recipe, "--overwrite", env=ONE_THREAD, external=True)

@@ -9,7 +9,7 @@ from wan_train.evaluation.generated import evaluate_model, evaluate_vae
 def test_the_tiny_vae_keeps_what_the_evaluator_reads() -> None:
     true, coded = evaluate_vae("tiny", count=24)
     assert (true["all_right"], coded["all_right"]) == (1.0, 1.0)
-    assert float(coded["psnr"]) > 32
+    assert float(coded["psnr"]) > 34
 
 
 @pytest.mark.slow
@@ -18,6 +18,6 @@ def test_the_tiny_model_draws_what_its_prompts_ask_for() -> None:
     assert everything["colour"] >= 0.97
     assert everything["motion"] >= 0.97
     assert everything["background"] >= 0.97
-    assert everything["shape"] >= 0.93
-    assert seen["all_right"] >= 0.9
-    assert held_out["all_right"] >= 0.85
+    assert everything["shape"] >= 0.95
+    assert seen["all_right"] >= 0.96
+    assert held_out["all_right"] >= 0.94

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 from wan_dit._shared.weights import usable_device
-from wan_dit.compat import check
+from wan_dit.compat import check, mismatch
 from wan_dit.contracts import Conditioning
 from wan_dit.guidance import guided_velocity
 
@@ -42,7 +42,8 @@ class FlowSettings(TimestepSettings):
     """backbone, text_encoder, vae, scheduler: parts by name; the VAE is frozen and its latents are cached.
 
     init: `random` or `pretrained`, for the backbone and a trained text encoder
-    architecture: fields of the config of a random backbone; of a pretrained one `in_dim` alone, which adds inputs of weight zero
+    architecture: fields of the config of a random backbone, which is otherwise like the named one, for latents of the VAE; of a pretrained
+    one `in_dim` alone, which adds inputs of weight zero
     train: `all` of the backbone, a `lora` beside it, or its `context_embedder` for another text encoder
     base: type of the weights of a backbone that stays as it is (`lora`, `context_embedder`): `fp32`, `bf16`, `fp8` or `int8`
     swap: blocks of such a one that wait in the host's memory (`wan_train.frozen`)
@@ -106,6 +107,7 @@ class RectifiedFlow:
         self.shown: Any = dataset.datasets[0] if isinstance(dataset, Mix) else dataset  # what previews are of
         names = {"backbone": s.backbone, "vae": s.vae, "text_encoder": s.text_encoder}
         specs = {kind: find(f"wan_{kind}s", name, pm) for kind, name in names.items()}
+        s = self.settings = _on_latents(s, specs["backbone"], specs["vae"])
         if not s.architecture and not s.text_architecture and s.train != "context_embedder":
             check(specs["backbone"], specs["vae"], specs["text_encoder"], pm=pm)
         self.scheduler = find("wan_schedulers", s.scheduler, pm).load()
@@ -120,7 +122,7 @@ class RectifiedFlow:
         stride, patch, clips = specs["vae"].stride, self.backbone.spec.patch, dataset.video([0])
         self.grid = (stride[0] * patch[0], stride[1] * patch[1], stride[2] * patch[2])
         check_clips(clips, (stride[0], *self.grid[1:]), *clips.shape[2:])  # previews have this shape
-        frames, height, width = clips.shape[2:]
+        self.bucket = frames, height, width = Bucket(*clips.shape[2:])  # of samples where there are no stages
         self.shape = (self.backbone.spec.latent_channels, 1 + (frames - 1) // stride[0], height // stride[1], width // stride[2])
         if not s.train_text_encoder:
             self.text_encoder = specs["text_encoder"].load(device=usable_device(s.text_device) if s.text_device else device)
@@ -147,9 +149,8 @@ class RectifiedFlow:
         """Encode the clips once, where that is asked for, or read what a run or `wan-train cache` has encoded before."""
         if not self.settings.precache:
             return
-        bucket = Bucket(*self.dataset.video([0]).shape[2:])
         clips = tqdm(range(self.samples), desc="latents", disable=None)
-        self.latents = torch.stack([self.cache.latents(self.dataset, index, bucket) for index in clips])
+        self.latents = torch.stack([self.cache.latents(self.dataset, index, self.bucket) for index in clips])
 
     @property
     def samples(self) -> int:
@@ -171,7 +172,7 @@ class RectifiedFlow:
     def _clean(self, samples: Sequence[int], *bucket: Bucket) -> Tensor:
         """Latents `[B, C, T', H', W']`."""
         if not self.settings.precache:
-            return torch.stack([self.cache.latents(self.dataset, sample, *bucket) for sample in samples])
+            return torch.stack([self.cache.latents(self.dataset, sample, *(bucket or (self.bucket,))) for sample in samples])
         if bucket:
             raise ValueError("a recipe with stages encodes clips in several shapes: set objective.settings.precache = false")
         return self.latents[list(samples)]
@@ -280,6 +281,14 @@ def _check(s: FlowSettings) -> None:
         raise ValueError("text_device is of a text encoder as it is: leave it out, or train_text_encoder")
     if s.train == "context_embedder" and s.train_text_encoder:
         raise ValueError("train = 'context_embedder' is for a text encoder as it is: leave train_text_encoder out")
+
+
+def _on_latents(s: FlowSettings, backbone: Any, vae: Any) -> FlowSettings:
+    """A random backbone is made for the latents of the VAE, where they are others than those of the one that it is like."""
+    if s.init != "random" or not mismatch("wan_vaes", vae, backbone):
+        return s
+    latents = {"in_dim": vae.latent_channels, "out_dim": vae.latent_channels, "latent_space": vae.latent_space, "stride": vae.stride}
+    return s.model_copy(update={"architecture": {**latents, **s.architecture}})
 
 
 def _backbone(spec: Any, s: FlowSettings, device: str) -> Any:
