@@ -47,7 +47,10 @@ def test_a_run_says_where_things_are_and_resumes(vae_toml: Path, tmp_path: Path,
         (["vae.toml", "--resume"], "checkpoints': start the run without --resume"),
         (["vae.toml", "output=broken.toml/run"], "cannot write to output 'broken.toml/run': Not a directory"),
         (["vae.toml", "output=broken.toml"], "cannot write to output 'broken.toml': File exists"),
-        (["flow.toml", "objective.settings.vae=wan2.1", "objective.settings.init=pretrained"], "latent_space is wan2.1, the backbone needs tiny-2"),
+        (
+            ["flow.toml", "objective.settings.vae=wan2.1", "objective.settings.architecture.latent_space=tiny-2"],
+            "latent_space is wan2.1, the backbone needs tiny-2",
+        ),
     ],
 )
 @pytest.mark.usefixtures("vae_toml", "flow_toml")
