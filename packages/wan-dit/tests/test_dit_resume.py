@@ -24,7 +24,13 @@ from wan_dit.state import RunState
 PROMPT = "a red circle moves left"
 SMALL: dict[str, Any] = {"frames": 5, "size": (32, 32), "seed": 3}
 SCHEDULERS = sorted(offer.name for offer in discover("wan_schedulers", plugin_manager()) if offer.dist == "wan-dit")
-RUN = "import sys, wan_dit.generate_command as g; from wan_dit.cli import main; g.SAVE_EVERY = {every}; sys.exit(main(sys.argv[1:]))"
+RUN = """
+import signal, sys, wan_dit.generate_command as g
+from wan_dit.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the background job of a shell starts with it ignored
+g.SAVE_EVERY = {every}
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def states(pipe: Pipeline, **settings: Any) -> tuple[list[RunState], Any]:
