@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from process_group import in_processes
 from safetensors.torch import load_file, save_file
 from sharded import work
+from small_residual import F16T4, F32T8, SMALL, clip, make
 from torch import Tensor, nn
 from wan_vae.checkpoint import save_diffusers, save_official
 from wan_vae.codec import VideoCodec
-from wan_vae.config import RESIDUAL_F16T4, RESIDUAL_F32T8, VAEConfig
+from wan_vae.config import VAEConfig
 from wan_vae.latents import LatentFile
 from wan_vae.layers import CausalConv, ResBlock
 from wan_vae.model import WanVAE
@@ -28,25 +29,8 @@ from wan_vae.tiling import TiledVAE
 from wan_vae.video import read_frames, to_tensor
 from wan_vae.winograd import Winograd
 
-SMALL = {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 4, "num_res_blocks": 1}
-F16T4, F32T8 = (preset.model_copy(update=SMALL) for preset in (RESIDUAL_F16T4, RESIDUAL_F32T8))
 PLAIN = VAEConfig(**SMALL, dim_mult=(1, 2, 2), temporal_downsample=(True, False), latent_space="test")  # Wan2.1's style, 2x4x4
 STYLES = {"residual": F16T4, "plain": PLAIN}
-
-
-def make(config: VAEConfig, **changes: object) -> WanVAE:
-    vae = WanVAE(config.model_copy(update=changes)).eval()
-    randomise(vae)
-    statistics = {"latents_mean": (0.3, -0.2, 0.0, 1.0), "latents_std": (2.0, 0.5, 1.0, 3.0)}
-    vae.config = vae.config.model_copy(update=statistics)
-    return vae
-
-
-def clip(vae: WanVAE, latents: int, cells: tuple[int, int] = (2, 1), seed: int = 0) -> Tensor:
-    """A clip of so many latent frames in fp64, so that rounding does not hide a wrong frame."""
-    time, height, width = vae.spec.stride
-    shape = (1, 3, 1 + (latents - 1) * time, cells[0] * height, cells[1] * width)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
 
 
 class TestChunked16x4(VAEContract):

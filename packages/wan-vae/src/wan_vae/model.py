@@ -26,6 +26,7 @@ from .halves import Decoder, Encoder
 from .layers import CausalConv
 from .plugins import VAESpec
 from .sessions import DecodeSession, EncodeSession, joined, stream
+from .shapes import check_latents, check_video
 from .stream import Shard, StreamState
 from .tiles import Half
 from .timestep import draw, mixed
@@ -317,28 +318,11 @@ class WanVAE(Pretrained):
 
     def check_video(self, video: Tensor, started: bool = False) -> None:
         """ValueError where T, H or W does not divide, with the nearest that does; `started`: a chunk has passed before."""
-        time, height, width = self.config.stride
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"video is {tuple(video.shape)}, expected [B, 3, T, H, W]")
-        if not video.is_floating_point():
-            raise ValueError(
-                f"video is {str(video.dtype).removeprefix('torch.')}, expected numbers in [-1, 1]: divide by 127.5 and subtract 1"
-            )
-        frames = video.shape[2]
-        if started and (frames == 0 or frames % time):
-            raise ValueError(f"a later chunk has {frames} frames, expected a multiple of {time}")
-        if not started and frames % time != 1 % time:
-            below = max(1, (frames - 1) // time * time + 1)
-            raise ValueError(f"video has {frames} frames, expected 1 + {time}k: the nearest are {below} and {below + time}")
-        for axis, size, unit in (("height", video.shape[3], height), ("width", video.shape[4], width)):
-            if size == 0 or size % unit:
-                nearest = sorted({max(unit, size // unit * unit), (size // unit + 1) * unit})
-                raise ValueError(f"video {axis} is {size}, expected a multiple of {unit}, such as {' or '.join(map(str, nearest))}")
+        check_video(video, self.config.stride, started)
 
     def check_latents(self, latents: Tensor) -> None:
         """ValueError where the shape is not `[B, z_dim, T', H', W']`."""
-        if latents.ndim != 5 or latents.shape[1] != self.config.z_dim or 0 in latents.shape:
-            raise ValueError(f"latents are {tuple(latents.shape)}, expected [B, {self.config.z_dim}, T, H, W]")
+        check_latents(latents, self.config.z_dim)
 
 
 def spec_of(config: VAEConfig, name: str | None = None) -> VAESpec:

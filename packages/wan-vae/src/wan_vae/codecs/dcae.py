@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .._shared.weights import Pretrained, State, locate, read_config, rename
 from ..plugins import VAESpec
+from ..shapes import check_latents, check_video
 from .dcae_config import PRESETS, DCAEConfig, validated
 from .dcae_diffusers import DIFFUSERS_CLASS, diffusers_config, from_diffusers, from_tensors, to_tensors
 from .dcae_infer import infer_config, is_diffusers, named_config
@@ -48,32 +49,32 @@ class DCAE(Pretrained):
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Video to normalised latents, a frame at a time. ValueError where H or W does not divide."""
-        self._check_video(video)
+        check_video(video, self.config.stride)
         return torch.cat(list(self.encode_stream(video.split(1, dim=2))), dim=2)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Normalised latents to video, clamped to [-1, 1]. The decoder draws no noise: `generator` is not used."""
-        self._check_latents(latents)
+        check_latents(latents, self.config.z_dim)
         return torch.cat(list(self.decode_stream(latents.split(1, dim=2))), dim=2)
 
     @torch.no_grad()
     def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Chunks of frames to chunks of as many latents; nothing is carried from one to the next."""
         for chunk in chunks:
-            self._check_video(chunk)
+            check_video(chunk, self.config.stride)
             yield self._encode(chunk) * self.config.scaling_factor
 
     @torch.no_grad()
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Chunks of latents to chunks of as many frames."""
         for chunk in chunks:
-            self._check_latents(chunk)
+            check_latents(chunk, self.config.z_dim)
             yield self._decode(chunk / self.config.scaling_factor).clamp(-1, 1)
 
     def moments(self, video: Tensor) -> tuple[Tensor, None]:
         """The latents before normalisation, and None for the log-variance that there is not; differentiable."""
-        self._check_video(video)
+        check_video(video, self.config.stride)
         return self._encode(video), None
 
     def reconstruct(
@@ -171,17 +172,6 @@ class DCAE(Pretrained):
     @property
     def _dtype(self) -> torch.dtype:
         return self.last_layer.dtype
-
-    def _check_video(self, video: Tensor) -> None:
-        if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] == 0:
-            raise ValueError(f"video is {tuple(video.shape)}, expected [B, 3, T, H, W] with a frame or more")
-        for axis, size, unit in zip(("height", "width"), video.shape[3:], self.config.stride[1:], strict=True):
-            if size == 0 or size % unit:
-                raise ValueError(f"video {axis} is {size}, expected a multiple of {unit}")
-
-    def _check_latents(self, latents: Tensor) -> None:
-        if latents.ndim != 5 or latents.shape[1] != self.config.z_dim or 0 in latents.shape:
-            raise ValueError(f"latents are {tuple(latents.shape)}, expected [B, {self.config.z_dim}, T, H, W]")
 
 
 def describe(path: str | os.PathLike[str]) -> VAESpec:

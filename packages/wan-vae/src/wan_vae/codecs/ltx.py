@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .._shared.weights import Pretrained, State
 from ..plugins import VAESpec
 from ..sessions import stream
+from ..shapes import check_latents, check_video
 from .ltx_blocks import Conv, ResStack, TimestepEmbedder, activated, down_block, up_block
 from .ltx_config import LTX095, LTXConfig
 from .ltx_stream import LTXDecodeSession, LTXEncodeSession, LTXState, Noise, draw_seed
@@ -304,23 +305,11 @@ class LTXVAE(Pretrained):
 
     def check_video(self, video: Tensor, started: bool = False) -> None:
         """ValueError where T, H or W does not divide, with the nearest that does; `started`: a chunk has passed before."""
-        time, *spatial = self.config.stride
-        if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
-            raise ValueError(f"video is {video.dtype} {tuple(video.shape)}, expected floating-point [B, 3, T, H, W] in [-1, 1]")
-        frames, *sizes = video.shape[2:]
-        if started and (frames == 0 or frames % time):
-            raise ValueError(f"a later chunk has {frames} frames, expected a multiple of {time}")
-        if not started and frames % time != 1 % time:
-            below = max(1, (frames - 1) // time * time + 1)
-            raise ValueError(f"video has {frames} frames, expected 1 + {time}k: the nearest are {below} and {below + time}")
-        for axis, size, unit in zip(("height", "width"), sizes, spatial, strict=True):
-            if size == 0 or size % unit:
-                raise ValueError(f"video {axis} is {size}, expected a multiple of {unit}, such as {-(-max(size, 1) // unit) * unit}")
+        check_video(video, self.config.stride, started)
 
     def check_latents(self, latents: Tensor) -> None:
         """ValueError where the shape is not `[B, latent_channels, T', H', W']`."""
-        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels or 0 in latents.shape:
-            raise ValueError(f"latents are {tuple(latents.shape)}, expected [B, {self.config.latent_channels}, T, H, W]")
+        check_latents(latents, self.config.latent_channels)
 
 
 def describe(path: str | os.PathLike[str]) -> VAESpec:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .._shared.weights import Pretrained, State, locate, rename
 from ..plugins import VAESpec
+from ..shapes import check_latents, check_video
 from .taehv_config import TAEW21, TAEHVConfig, infer_config, read_config
 
 Memory = dict[str, Tensor]  # by module: the last frame that it saw, [B, C, H, W]; empty before the first chunk
@@ -107,14 +108,14 @@ class TAEHV(Pretrained):
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Video to normalised latents. ValueError where T, H or W does not divide."""
-        self._check_video(video)
+        check_video(video, self.config.stride)
         first, *rest = video.split([1, *[self.config.stride[0]] * (video.shape[2] // self.config.stride[0])], dim=2)
         return torch.cat(list(self.encode_stream([first, *rest])), dim=2)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Normalised latents to video, clamped to [-1, 1]. The decoder draws no noise: `generator` is not used."""
-        self._check_latents(latents)
+        check_latents(latents, self.config.z_dim)
         return torch.cat(list(self.decode_stream(latents.split(1, dim=2))), dim=2)
 
     @torch.no_grad()
@@ -127,7 +128,7 @@ class TAEHV(Pretrained):
         step, memory = self.config.stride[0], Memory()
         waiting: Tensor | None = None
         for chunk in chunks:
-            self._check_video(chunk, started=waiting is not None)
+            check_video(chunk, self.config.stride, started=waiting is not None)
             frames = chunk if waiting is None else torch.cat([waiting, chunk], dim=2)
             ready = frames.shape[2] // step * step
             waiting = frames[:, :, ready:].clone()
@@ -144,7 +145,7 @@ class TAEHV(Pretrained):
         """
         memory = Memory()
         for chunk in chunks:
-            self._check_latents(chunk)
+            check_latents(chunk, self.config.z_dim)
             yield self.decode_step(chunk, memory)
 
     def encode_step(self, video: Tensor, memory: Memory) -> Tensor:
@@ -184,22 +185,6 @@ class TAEHV(Pretrained):
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
-
-    def _check_video(self, video: Tensor, *, started: bool = False) -> None:
-        time, *spatial = self.config.stride
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"video is {tuple(video.shape)}, expected [B, 3, T, H, W]")
-        frames, *sizes = video.shape[2:]
-        if frames == 0 or frames % time != (0 if started else 1 % time):
-            expected = f"a later chunk a multiple of {time}" if started else f"1 + {time}k"
-            raise ValueError(f"video has {frames} frames, expected {expected}")
-        for axis, size, unit in zip(("height", "width"), sizes, spatial, strict=True):
-            if size == 0 or size % unit:
-                raise ValueError(f"video {axis} is {size}, expected a multiple of {unit}")
-
-    def _check_latents(self, latents: Tensor) -> None:
-        if latents.ndim != 5 or latents.shape[1] != self.config.z_dim or 0 in latents.shape:
-            raise ValueError(f"latents are {tuple(latents.shape)}, expected [B, {self.config.z_dim}, T, H, W]")
 
 
 def describe(path: str | os.PathLike[str]) -> VAESpec:
