@@ -1,7 +1,7 @@
 """What the ideas of other codecs bring at tiny scale: `python bench/codecs.py docs/codecs.md` trains each pair three times, and compares.
 
 Every arm of a study has the data, the seeds and the budget of the others, and differs from them in what the study is about.
-`python bench/codecs.py docs/codecs.md STUDY...` trains some of the studies; the page has all whose runs are in `runs/codecs`.
+`python bench/codecs.py docs/codecs.md STUDY...` trains some of the studies alone; the page has those whose runs are in `runs/codecs`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from codec_table import section
 from curves import panel, smooth
 from page import header, machine, table
 from PIL import Image, ImageDraw
@@ -26,6 +27,7 @@ from wan_vae import load_vae
 from wan_vae.metrics import psnr, ssim
 
 RUNS, SEEDS, CLIPS = Path("runs/codecs"), (0, 1, 2), 24
+PICTURES, COUNT = RUNS / "pictures", 3000
 SUMMARY = """
 Tiny codecs on procedural clips with the statistics of film (`natural`), trained by wan-train on one thread each, three seeds an arm.
 Figures are of clips that no run has seen: the mean over the seeds, and their standard deviation. What holds for networks of a few hundred
@@ -81,6 +83,17 @@ def with_noise(vae: Any) -> dict[str, float]:
     return found
 
 
+def draw_pictures() -> None:
+    """Stills of `natural` at 256 pixels as files: drawing them anew would take most of a step."""
+    made = PICTURES.with_suffix(".part")
+    made.mkdir(parents=True, exist_ok=True)
+    for index in range(COUNT):
+        picture = Natural(frames=1, size=(256, 256)).video([index])[0, :, 0]
+        pixels = picture.add(1).mul(127.5).round().byte().permute(1, 2, 0)
+        Image.fromarray(pixels.numpy()).save(made / f"{index:05}.png", compress_level=1)
+    made.rename(PICTURES)
+
+
 def of_each(metric: Callable[[Tensor, Tensor], Any], made: Tensor, clips: Tensor) -> float:
     return mean(float(metric(a[None], b[None])) for a, b in zip(made, clips, strict=True))
 
@@ -94,7 +107,7 @@ STUDIES = {
         "Residual down- and upsampling, and chunks",
         "16x16x4 pixels to a latent of 32 channels. `residual` adds shortcuts without weights to `plain` (DC-AE, Wan2.2); `chunks` lets "
         "the convolutions of `residual` see both ways within two latents (DC-AE-V).",
-        {"frames": 9},
+        {"name": "natural", "settings": {"length": 20_000, "frames": 9}},
         {"steps": 700, "batch_size": 2, "preview_every": 70},
         {"vae": "residual-f16t4", "phases": [phase(1.0, 9, 64)]},
         {
@@ -105,13 +118,27 @@ STUDIES = {
         },
         quality(9, 64),
     ),
+    "residual-f32": Study(
+        "Residual levels at four times the compression",
+        "The same at 32x32x8 pixels to a latent of 64 channels, without chunks: shortcuts are said to matter more the deeper a codec is.",
+        {"name": "natural", "settings": {"length": 20_000, "frames": 17}},
+        {"steps": 700, "batch_size": 1, "preview_every": 70},
+        {"vae": "residual-f32t8", "phases": [phase(1.0, 17, 64)]},
+        {
+            name: {"architecture": {
+                **WAN, "z_dim": 64, "dim_mult": [1, 2, 2, 2, 4], "temporal_downsample": [False, True, True, True], "patch_size": 2, **own
+            }}
+            for name, own in {"plain": {"residual": False}, "residual": {"residual": True}}.items()
+        },
+        quality(17, 64),
+    ),
     "adapted": Study(
         "Adaptation to a resolution that was not trained on",
         "A DC-AE, 32x32 pixels to a latent of 32 channels, on pictures. `low` sees 64 pixels throughout. `adapted` sees them for 70 % of "
         "the run; then the layers around the latents learn at 256 pixels, and the last ones at 64 with an adversary (its three phases). A "
         "step has as many pixels in all phases.",
-        {"frames": 1, "size": [256, 256]},
-        {"steps": 2000, "batch_size": 16, "preview_every": 200},
+        {"name": "folder", "settings": {"path": str(PICTURES), "size": [256, 256], "frames": 1, "captions": "optional", "holdout": 16}},
+        {"steps": 1200, "batch_size": 16, "preview_every": 120},
         {"vae": "dc-ae-f32c32-in-1.0", "architecture": DEEP},
         {
             "low": {"phases": [phase(1.0, 1, 64)]},
@@ -130,7 +157,7 @@ STUDIES = {
         "A decoder that takes noise out",
         "The decoder of the built-in VAE goes on learning, as it is or told the share of noise that is mixed into its latents, 0 to 0.2 "
         "(the report's VAE-D, LTX-Video). Both decode latents with known shares of noise.",
-        {"frames": 17},
+        {"name": "natural", "settings": {"length": 20_000, "frames": 17}},
         {"steps": 600, "batch_size": 2, "preview_every": 60},
         {"vae": "tiny", "init": "pretrained", "phases": [phase(1.0, 17, 64, trains=DECODER)]},
         {"plain": {}, "diffusion": {"architecture": {"timestep_conditioning": True}}},
@@ -141,16 +168,21 @@ STUDIES = {
 
 def main(page: str, *chosen: str) -> None:
     torch.set_num_threads(1)
+    if "adapted" in (chosen or STUDIES) and not PICTURES.exists():
+        draw_pictures()
     for name in chosen or STUDIES:
         for seed in SEEDS:
             for arm in STUDIES[name].arms:
                 one(name, arm, seed)
-    parts = [header("Codecs", "codecs", SUMMARY), machine(1)]
+    parts, trained = [header("Codecs", "codecs", SUMMARY), machine(1)], {}
     for name, study in STUDIES.items():
         found = {arm: [json.loads(path.read_text()) for path in sorted((RUNS / name / arm).glob("*/figures.json"))] for arm in study.arms}
         if all(len(runs) == len(SEEDS) for runs in found.values()):
             parts += [f"## {study.title}\n\n{study.question}\n", results(found), f"![curves](training/codecs-{name}.png)\n"]
+            trained |= {f"{name}, {arm}": str(RUNS / name / arm / "0" / "export" / "vae") for arm in study.arms}
             curves(name, study).save(Path(page).parent / "training" / f"codecs-{name}.png", optimize=True)
+    if not chosen:
+        parts.append(section(RUNS, trained))
     Path(page).write_text("\n".join(parts))
 
 
@@ -159,10 +191,17 @@ def one(name: str, arm: str, seed: int) -> None:
     study, folder = STUDIES[name], RUNS / name / arm / str(seed)
     if (folder / "figures.json").exists():
         return
-    settings = {"l1": 0.0, "log_l2": 0.1, "kl": 1e-3 if name == "residual" else 0.0, "validation": 8, **study.objective, **study.arms[arm]}
+    settings = {
+        "l1": 0.0,
+        "log_l2": 0.1,
+        "kl": 1e-3 if name.startswith("residual") else 0.0,
+        "validation": 8,
+        **study.objective,
+        **study.arms[arm],
+    }
     run = {
         "name": f"{name}, {arm}", "seed": seed, "output": str(folder), "ema": 0.99, "threads": 1, "save_every": 0, **study.run,
-        "objective": {"name": "vae", "settings": settings}, "data": {"name": "natural", "settings": {"length": 20_000, **study.data}},
+        "objective": {"name": "vae", "settings": settings}, "data": study.data,
         "optimiser": {"name": "muon", "lr": 1.5e-3, "muon_lr": 0.015, "schedule": "cosine", "hold": 0.2, "final": 0.02, "warmup": 50},
     }  # fmt: skip
     Trainer(TrainConfig.model_validate(run)).run()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ._shared.exports import exported
 
 __version__ = "0.1.0"
 
@@ -18,23 +19,14 @@ if TYPE_CHECKING:
     from .plugins import load_backbone as load_backbone
 
 _EXPORTS = {
-    "BackboneSpec": "wan_dit.plugins",
-    "SchedulerSpec": "wan_dit.plugins",
-    "VideoModelSpec": "wan_dit.plugins",
-    "hookimpl": "wan_dit.plugins",
-    "load_backbone": "wan_dit.plugins",
-    "WanDiT": "wan_dit.model",
-    "DiTConfig": "wan_dit.config",
-    "Pipeline": "wan_dit.pipeline",
+    "BackboneSpec": "plugins",
+    "SchedulerSpec": "plugins",
+    "VideoModelSpec": "plugins",
+    "hookimpl": "plugins",
+    "load_backbone": "plugins",
+    "WanDiT": "model",
+    "DiTConfig": "config",
+    "Pipeline": "pipeline",
 }
 __all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+__getattr__, __dir__ = exported(__name__, _EXPORTS, "__version__")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ._shared.exports import exported
 
 __version__ = "0.1.0"
 
@@ -20,25 +21,16 @@ if TYPE_CHECKING:
     from .umt5 import UMT5Encoder as UMT5Encoder
 
 _EXPORTS = {
-    "ImageEncoderSpec": "wan_text.plugins",
-    "TextEncoderSpec": "wan_text.plugins",
-    "hookimpl": "wan_text.plugins",
-    "load_image_encoder": "wan_text.plugins",
-    "load_prompt_rewriter": "wan_text.plugins",
-    "load_text_encoder": "wan_text.plugins",
-    "UMT5Encoder": "wan_text.umt5",
-    "UMT5Config": "wan_text.config",
-    "TextEncoder": "wan_text.encoder",
-    "Tokenizer": "wan_text.tokenizer",
+    "ImageEncoderSpec": "plugins",
+    "TextEncoderSpec": "plugins",
+    "hookimpl": "plugins",
+    "load_image_encoder": "plugins",
+    "load_prompt_rewriter": "plugins",
+    "load_text_encoder": "plugins",
+    "UMT5Encoder": "umt5",
+    "UMT5Config": "config",
+    "TextEncoder": "encoder",
+    "Tokenizer": "tokenizer",
 }
 __all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+__getattr__, __dir__ = exported(__name__, _EXPORTS, "__version__")

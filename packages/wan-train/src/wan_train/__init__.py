@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from wan_dit._shared.exports import exported
 
 __version__ = "0.1.0"
 
@@ -15,20 +16,11 @@ if TYPE_CHECKING:
     from .trainer import Trainer as Trainer
 
 _EXPORTS = {
-    "ObjectiveSpec": "wan_train.plugins",
-    "DatasetSpec": "wan_train.plugins",
-    "hookimpl": "wan_train.plugins",
-    "Trainer": "wan_train.trainer",
-    "TrainConfig": "wan_train.config",
+    "ObjectiveSpec": "plugins",
+    "DatasetSpec": "plugins",
+    "hookimpl": "plugins",
+    "Trainer": "trainer",
+    "TrainConfig": "config",
 }
 __all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+__getattr__, __dir__ = exported(__name__, _EXPORTS, "__version__")

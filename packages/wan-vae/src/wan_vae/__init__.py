@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ._shared.exports import exported
 
 __version__ = "0.1.0"
 
@@ -16,21 +17,12 @@ if TYPE_CHECKING:
     from .plugins import load_vae as load_vae
 
 _EXPORTS = {
-    "VAESpec": "wan_vae.plugins",
-    "hookimpl": "wan_vae.plugins",
-    "load_vae": "wan_vae.plugins",
-    "WanVAE": "wan_vae.model",
-    "VAEConfig": "wan_vae.config",
-    "VideoCodec": "wan_vae.codec",
+    "VAESpec": "plugins",
+    "hookimpl": "plugins",
+    "load_vae": "plugins",
+    "WanVAE": "model",
+    "VAEConfig": "config",
+    "VideoCodec": "codec",
 }
 __all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+__getattr__, __dir__ = exported(__name__, _EXPORTS, "__version__")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,13 +18,15 @@ CLEAR_PEAK = "5"  # makes Linux forget the peak of resident memory
 class PeakMemory:
     """The peak, in bytes, of memory in use over steps of work, above what was in use when this object was made.
 
-    On CUDA what torch has allocated; elsewhere the process's resident memory. Linux forgets an earlier peak on request; where
-    that is refused, and on other systems, only growth beyond the process's earlier peak is seen, a lower bound.
+    On CUDA what torch has allocated; elsewhere the process's resident memory. Linux forgets an earlier peak on request, and takes back
+    what earlier work has freed; where that is refused, and on other systems, only growth beyond that is seen, a lower bound.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.peak: int | None = None
+        if device.type != "cuda":
+            _give_back()
         self._forget()
         self._start = self._now()
 
@@ -57,6 +61,13 @@ class PeakMemory:
             return int(line.split()[1]) * 1024
         except (OSError, StopIteration):
             return _most_resident()
+
+
+def _give_back() -> None:
+    """Hand memory that is free, and that the allocator keeps for later, to the system: new work that takes it would seem to take none."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc's
+        libc.malloc_trim(0)
 
 
 def _most_resident() -> int | None:

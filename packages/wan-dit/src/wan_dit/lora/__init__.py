@@ -13,8 +13,9 @@ Example:
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._shared.exports import exported
 
 if TYPE_CHECKING:
     from .applied import AppliedLoras as AppliedLoras
@@ -28,24 +29,15 @@ if TYPE_CHECKING:
     from .write import export as export
 
 _EXPORTS = {
-    "AppliedLoras": "wan_dit.lora.applied",
-    "Ledger": "wan_dit.lora.ledger",
-    "Lora": "wan_dit.lora.read",
-    "LoraSpec": "wan_dit.lora.reference",
-    "apply": "wan_dit.lora.applied",
-    "export": "wan_dit.lora.write",
-    "load_lora": "wan_dit.lora.read",
-    "match": "wan_dit.lora.matching",
-    "parse_lora": "wan_dit.lora.reference",
+    "AppliedLoras": "applied",
+    "Ledger": "ledger",
+    "Lora": "read",
+    "LoraSpec": "reference",
+    "apply": "applied",
+    "export": "write",
+    "load_lora": "read",
+    "match": "matching",
+    "parse_lora": "reference",
 }
 __all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = exported(__name__, _EXPORTS)

@@ -7,8 +7,9 @@ Example:
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._shared.exports import exported
 
 if TYPE_CHECKING:
     from .continuation import Continuation as Continuation
@@ -21,23 +22,14 @@ if TYPE_CHECKING:
     from .vace import Vace as Vace
 
 _EXPORTS = {
-    "Continuation": "wan_dit.tasks.continuation",
-    "ImageToVideo": "wan_dit.tasks.image",
-    "Prepared": "wan_dit.tasks.task",
-    "Target": "wan_dit.tasks.task",
-    "Task": "wan_dit.tasks.task",
-    "TextToVideo": "wan_dit.tasks.image",
-    "Vace": "wan_dit.tasks.vace",
-    "task_of": "wan_dit.tasks.record",
+    "Continuation": "continuation",
+    "ImageToVideo": "image",
+    "Prepared": "task",
+    "Target": "task",
+    "Task": "task",
+    "TextToVideo": "image",
+    "Vace": "vace",
+    "task_of": "record",
 }
 __all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = exported(__name__, _EXPORTS)

@@ -11,8 +11,9 @@ Example, on every process alike:
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from wan_dit._shared.exports import exported
 
 if TYPE_CHECKING:
     from .guard import Guard as Guard
@@ -31,13 +32,4 @@ _EXPORTS = {
     "Signals": "signals",
 }
 __all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = exported(__name__, _EXPORTS)
