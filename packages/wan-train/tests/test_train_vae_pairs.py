@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import wan_train.objectives.vae
 from torch import Tensor, nn
 from wan_train.data.shapes import Shapes
 from wan_train.objectives.discriminator import Discriminator, DiscriminatorSettings, adversarial
@@ -131,6 +132,27 @@ def test_each_side_gets_its_own_gradient_in_the_objective(tmp_path: Path) -> Non
     assert torch.allclose(0.5 * (real - fake).mean(1), figures["adversary"], atol=1e-6)
     expected = torch.autograd.grad(hinge.sum(), list(model.parameters()))
     assert all(torch.allclose(param.grad, value, atol=1e-6) for param, value in zip(model.parameters(), expected, strict=True))
+
+
+def test_the_adversary_is_balanced_against_all_of_the_reconstruction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient at the last layer is as long as that of all terms together, wavelets included."""
+    seen: dict[str, Tensor] = {}
+
+    def watched(model: nn.Module, video: Tensor, output: Tensor, reconstruction: Tensor, judged: bool) -> tuple[Tensor, Tensor]:
+        seen.update(reconstruction=reconstruction.detach())
+        return adversarial(model, video, output, reconstruction, judged)
+
+    monkeypatch.setattr(wan_train.objectives.vae, "adversarial", watched)
+    fields = {
+        "architecture": NARROW, "phases": [{**PHASE, "adversary": 0.5}], "discriminator": {"base_dim": 4, "judges": "pair"},
+        "l1": 0.7, "l2": 0.3, "log_l2": 0.1, "wavelet": 0.4, "kl": 0.2,
+    }  # fmt: skip
+    objective = VAEObjective(fields, Shapes(frames=5, size=(16, 16), length=4), tmp_path, "cpu", plugin_manager())
+    batch = objective.batch((0, 1), lambda sample, stream: generator(0, 0, sample, stream), 0.0)
+    losses, figures = objective.losses(batch)
+    apart = 0.2 * figures["kl"] + 0.5 * figures["adversary"] + figures["discriminator"]
+    assert torch.allclose(seen["reconstruction"], losses.detach() - apart, atol=1e-5)
+    assert (figures["wavelet"] > 0.01).all()
 
 
 def test_another_way_to_judge_is_refused(tmp_path: Path) -> None:

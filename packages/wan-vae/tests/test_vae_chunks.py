@@ -21,8 +21,8 @@ from wan_vae.config import VAEConfig
 from wan_vae.latents import LatentFile
 from wan_vae.layers import CausalConv, ResBlock
 from wan_vae.model import WanVAE
-from wan_vae.plan import Setting
 from wan_vae.resample import DownLevel, UpLevel
+from wan_vae.setting import Setting
 from wan_vae.stream import StreamState
 from wan_vae.testing import VAEContract, difference, randomise
 from wan_vae.tiling import TiledVAE
@@ -191,6 +191,19 @@ def test_every_backend_computes_the_same(backend: str) -> None:
     vae.backend, vae._winograd = backend, Winograd(min_channels=1)
     assert difference(vae.encode(video), latents) <= 2e-5
     assert difference(vae.decode(latents), frames) <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_waits_is_saved_as_it_came(dtype: torch.dtype) -> None:
+    """Latents are denormalised in fp32 before a half in less precision takes them: rounded while they wait, frames would be others."""
+    vae = make(PLAIN, chunk=2, latents_mean=(1.0, 2.0, 3.0, 4.0), latents_std=(3.0, 0.3, 1.0, 2.0)).set_precision(decode=dtype)
+    latents = torch.randn(1, 4, 5, 2, 3, generator=torch.Generator().manual_seed(0))
+    whole, first, second = vae.decode_session(), vae.decode_session(), vae.decode_session()
+    whole.push(latents[:, :, :2])
+    first.push(latents[:, :, :2])
+    second.load_state_dict(first.state_dict())
+    for expected, made in zip(*([session.push(latents[:, :, 2:]), *session.finish()] for session in (whole, second)), strict=True):
+        assert torch.equal(made, expected)
 
 
 def test_a_session_waits_is_saved_while_it_waits_and_ends(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from wan_vae.config import TINY, VAEConfig
 from wan_vae.contents import shapes_of
 from wan_vae.model import WanVAE
 from wan_vae.names import official_names
-from wan_vae.plan import Setting, make_plan
+from wan_vae.plan import make_plan
+from wan_vae.setting import Setting
 from wan_vae.stream import StreamState
 from wan_vae.testing import VAEContract, difference, randomise
 from wan_vae.tiling import TiledVAE

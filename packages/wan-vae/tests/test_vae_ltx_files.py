@@ -211,6 +211,8 @@ def test_a_file_of_a_released_architecture_has_its_latent_space(tmp_path: Path) 
         ({"config": {"use_quant_conv": None}}, "use_quant_conv is True, expected False"),
         ({"config": {"_class_name": "VideoAutoencoder"}}, "_class_name is 'VideoAutoencoder', expected 'CausalVideoAutoencoder'"),
         ({"config": {"decoder_blocks": [["attn_res_x", {"num_layers": 1}]]}}, r"decoder_blocks\.0"),
+        ({"config": {"decoder_spatial_padding_mode": "reflect"}}, "its configuration has decoder_spatial_padding_mode, as later"),
+        ({"config": {"decoder_blocks": None}}, "its configuration has no list decoder_blocks"),
         ({"config": {"latent_channels": None}}, "the configuration in its metadata cannot be read: KeyError: 'latent_channels'"),
     ],
 )
@@ -219,6 +221,14 @@ def test_what_does_not_fit_is_named(timed: LTXVAE, tmp_path: Path, changes: dict
     rewritten(tmp_path / "a.safetensors", **changes)
     with pytest.raises(ValueError, match=message):
         LTXVAE.from_pretrained(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("said", ["[]", '{"vae": null}', "{}"])
+def test_metadata_without_a_vae_are_one_line(timed: LTXVAE, tmp_path: Path, said: str) -> None:
+    save_official(timed, path := tmp_path / "a.safetensors")
+    save_file(load_file(path), path, {"config": said})
+    with pytest.raises(ValueError, match="there is no object 'vae' in the configuration in its metadata"):
+        LTXVAE.from_pretrained(path)
 
 
 @pytest.mark.parametrize(
@@ -296,8 +306,6 @@ def test_list_and_info(timed: LTXVAE, run: Run) -> None:
     facts = json.loads(run("info", "ltx.safetensors", "--json")[1])[0]
     assert (facts["kind"], facts["latent_space"], facts["channels"], facts["stride"]) == ("checkpoint", "test", 4, "4x4x4")
     assert facts["parameters"] == sum(value.numel() for value in timed.parameters())
-    code, _, err = run("plan", "--codec", "ltx-video-0.9", "--size", "480x832")
-    assert (code, "the memory of 'ltx-video-0.9' cannot be predicted" in err) == (2, True)
 
 
 def test_a_real_film_through_the_command(timed: LTXVAE, run: Run, real_clips: Path) -> None:
@@ -318,3 +326,36 @@ def test_a_real_film_through_the_command(timed: LTXVAE, run: Run, real_clips: Pa
     assert probe("tiled.mp4").frames == 11
     code, _, err = run("decode", "film.safetensors", "b.mp4", "--codec", "tiny")
     assert (code, "holds latents of the space 'test'" in err) == (2, True)
+
+
+def test_what_the_official_code_would_run_otherwise_is_neither_written_nor_read(tmp_path: Path) -> None:
+    said = [["res_x", 1], ["compress_space", {"residual": True}], ["res_x", 1], ["compress_all", {}], ["res_x", 1]]
+    down = [["res_x", 1], ["compress_space", {}], ["res_x", 1], ["compress_all", {}], ["res_x", 1]]
+    vae = drawn(LTXConfig(**SMALL, encoder_blocks=down, decoder_blocks=said, latent_space="test"))
+    with pytest.raises(ValueError, match="the official code heeds them in 'compress_all' alone"):
+        save_official(vae, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+    vae.save_pretrained(tmp_path / "own")
+    assert load_vae(str(tmp_path / "own")).config == vae.config
+    save_official(drawn(CONFIGS["plain"]), path := tmp_path / "b.safetensors")
+    rewritten(path, config={"encoder_blocks": down, "decoder_blocks": said})
+    with pytest.raises(ValueError, match="the official code heeds them in 'compress_all' alone"):
+        describe(path)
+
+
+def test_facts_are_told_of_no_file_that_does_not_load(timed: LTXVAE, tmp_path: Path) -> None:
+    save_official(timed, path := tmp_path / "a.safetensors")
+    rewritten(path, **{"decoder.conv_in.conv.bias": None})
+    with pytest.raises(ValueError, match=r"missing 1 \(decoder\.conv_in\.conv\.bias\)"):
+        describe(path)
+
+
+def test_the_parts_are_those_around_the_latents_and_the_pixels(timed: LTXVAE) -> None:
+    names = {id(parameter): name for name, parameter in timed.named_parameters()}
+    groups = {part: {names[id(parameter)] for parameter in own} for part, own in timed.parameter_groups().items()}
+    assert groups["encoder_head"] == {"encoder.conv_out.conv.weight", "encoder.conv_out.conv.bias"}
+    assert groups["decoder_input"] == {"decoder.conv_in.conv.weight", "decoder.conv_in.conv.bias"}
+    assert {"decoder.conv_out.conv.weight", "decoder.last_scale_shift_table"} <= groups["decoder_head"]
+    assert all(name.startswith(("decoder.conv_out.", "decoder.last_")) for name in groups["decoder_head"])
+    assert all(name.startswith("encoder.") for name in groups["encoder"])
+    assert sorted(set().union(*groups.values())) == sorted(names.values())

@@ -23,7 +23,8 @@ from wan_vae.cli import main
 from wan_vae.commands.planning import add_tiling, amount, tiled
 from wan_vae.config import PRESETS
 from wan_vae.footprint import footprint
-from wan_vae.plan import Setting, make_plan, setting_of
+from wan_vae.plan import make_plan
+from wan_vae.setting import Setting, setting_of
 from wan_vae.testing import difference
 from wan_vae.tiling import TiledVAE
 

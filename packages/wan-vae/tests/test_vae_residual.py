@@ -10,9 +10,9 @@ from small_residual import F16T4, F32T8, SMALL, clip, make
 from torch import nn
 from wan_vae.config import PRESETS, VAEConfig
 from wan_vae.model import WanVAE
-from wan_vae.plan import config_of
 from wan_vae.plugins import find_vae
 from wan_vae.resample import DownLevel, RepeatUp, UpLevel
+from wan_vae.setting import config_of
 from wan_vae.stream import StreamState
 from wan_vae.testing import VAEContract, difference
 

@@ -50,6 +50,8 @@ class Objective(Protocol):
     A method `enter(progress, before, averages)`, if there is one, is called before every step with the share of the run that is done,
     that at the step before (negative at the first) and the averaged weights, by module and name. It freezes what does not learn in this
     step (`requires_grad`), may change weights where a phase begins, in the averages too, and says whether another loss begins.
+    A method `gather()`, if there is one, is called after the gradients of every step, and makes alike what processes know, beside
+    gradients, of batches of their own.
     """
 
     modules: dict[str, nn.Module]

@@ -176,6 +176,8 @@ class Trainer:
             self.optimiser.renew()
         micros = self.curriculum.take(self.objective.batch_size(config.batch_size, progress))
         figures = self._gradients(micros, progress)
+        if gather := getattr(self.objective, "gather", None):
+            gather()
         norm = float(gradient_norm(self.optimiser.params))
         rate = self.optimiser.rate(self.step) * self.curriculum.rate
         verdict = self.guard.decide(figures["loss"], norm, self.layout.mesh)

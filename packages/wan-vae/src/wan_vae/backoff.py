@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .model import WanVAE
-from .plan import free_budget, make_plan, setting_of
+from .plan import make_plan
 from .plugins import VAESpec
+from .setting import free_budget, setting_of
 from .tiles import Half
 from .tiling import TiledVAE
 
@@ -124,12 +125,11 @@ def smaller_tiles(vae: Any, chunk: int = 1) -> Make:
     """
 
     def make(half: Half, size: tuple[int, int]) -> TiledVAE:
-        if isinstance(vae, WanVAE):
-            setting = setting_of(vae, half, size, chunk)
+        if setting := setting_of(vae, half, size, chunk):
             whole = make_plan(setting, "whole").memory
             halved = replace(setting, memory=min(whole, free_budget(setting.device)) // 2)
-            plan = make_plan(halved, "exact")
-            plan = plan if plan.fits else make_plan(halved)
+            plan = make_plan(halved, "exact") if setting.is_wan else None
+            plan = plan if plan and plan.fits else make_plan(halved)
             if plan.mode != "whole":
                 return TiledVAE(vae, plan.tile, plan.mode, plan.overlap or None)
         inner, mode = (vae.vae, vae.mode) if isinstance(vae, TiledVAE) else (vae, "exact" if isinstance(vae, WanVAE) else "blend")

@@ -203,7 +203,8 @@ class VideoCodec:
         if spec.latent_space == UNKNOWN and not (comparable and info.weights == own):
             raise ValueError(
                 f"'{file.path}' holds latents of an unknown space, which only the VAE that made them decodes, and "
-                f"'{self.name}' has other weights or another type (made in {info.weights_dtype or 'none'}, now {self._dtype() or 'none'})"
+                f"'{self.name}' has other weights or another type (made in {info.weights_dtype or 'none'}, now {self._dtype() or 'none'}); "
+                "it can be loaded in the type that they were made in: --dtype, or load_vae(dtype=...)"
             )
         if comparable and info.weights != own:
             message = f"'{file.path}' was encoded with other weights ({info.weights[:12]}) than '{self.name}' has ({own[:12]})"

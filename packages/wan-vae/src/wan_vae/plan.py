@@ -11,23 +11,22 @@ from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._shared.memory import free_memory
-from .config import PRESETS, VAEConfig
-from .convolution import resolve_backend
-from .footprint import Footprint, count, footprint, meta_model
+from .config import VAEConfig
+from .footprint import Footprint, count, footprint
 from .model import WanVAE
 from .parking import IN_MEMORY
 from .plugins import VAESpec
+from .setting import Setting, config_of, free_budget
 from .stream import StreamState
 from .tiles import Half, Span, kept_apart, overlapping, reach
-from .winograd import Winograd
+from .traced import streamed
 
 Mode = Literal["whole", "exact", "blend"]
 COSTLY = 3.0  # from this share of recomputed pixels on, blended tiles are taken where exact ones cost more
-LEAST = {"exact": 4, "blend": 16}  # cells a side of the smallest tile
-CPU = torch.device("cpu")
+LEAST = 4  # cells a side of the smallest tile
+NARROWEST = 128  # pixels a side of the smallest blended tile
 PROBE = (16, 16)  # cells of the tile from which larger and smaller ones are estimated: memory grows with the area
 
 
@@ -63,85 +62,30 @@ class Plan:
         return {"whole": "exact", "exact": "exact", "blend": "approximate: each tile sees itself alone"}[self.mode]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a plan is made for. size: height and width in pixels; frames 1: a picture; memory None: what is free."""
-
-    config: VAEConfig
-    half: Half
-    size: tuple[int, int]
-    dtype: torch.dtype = torch.float32
-    device: torch.device = CPU
-    chunk: int = 1
-    frames: int | None = None
-    backend: str = "auto"
-    memory: int | None = None
-
-    @property
-    def cells(self) -> tuple[int, int]:
-        """Rows and columns of the latents; what does not divide is padded."""
-        return -(-self.size[0] // self.config.stride[1]), -(-self.size[1] // self.config.stride[2])
-
-    @property
-    def costs(self) -> dict[str, Any]:
-        """What decides the memory of a chunk, apart from its size."""
-        backend = resolve_backend(self.backend, self.device, self.dtype, _suited(self.config, self.dtype))
-        return {"dtype": self.dtype, "backend": backend, "cpu": self.device.type != "cuda"}
-
-    @property
-    def chunks(self) -> tuple[int, ...]:
-        """Latent frames of the first chunks; after three nothing changes any more. A VAE that takes chunks whole says how many."""
-        chunk = self.config.chunk or self.chunk
-        return (1,) if self.frames == 1 else (1, chunk, chunk)
-
-
 def make_plan(setting: Setting, mode: Mode | None = None) -> Plan:
     """Whole where that fits; else the largest exact tiles that fit; blended ones where those would recompute `COSTLY` and more.
 
-    mode: consider this one alone. Where nothing fits, the plan with the least memory.
+    mode: consider this one alone. Where nothing fits, the plan with the least memory. VAEs other than Wan's have no exact tiles.
     """
+    if mode == "exact" and not setting.is_wan:
+        raise ValueError("exact tiles take a Wan VAE: use the mode 'blend'")
     if min(setting.size) < 1:
         raise ValueError(f"a picture of {setting.size[0]}x{setting.size[1]} pixels has no content")
     setting = replace(setting, memory=free_budget(setting.device) if setting.memory is None else setting.memory)
     plans = []
     if mode in (None, "whole"):
         plans.append(_whole(setting))
-    if mode in (None, "exact") and not (plans and plans[0].fits):
-        plans += _until_it_fits(_exact(setting, tile) for tile in _smaller(setting.cells, LEAST["exact"]))
+    if mode in (None, "exact") and setting.is_wan and not (plans and plans[0].fits):
+        plans += _until_it_fits(_exact(setting, tile) for tile in _smaller(setting.cells, LEAST))
     fitting = [plan for plan in plans if plan.fits]
     if mode == "blend" or (mode is None and not (fitting and fitting[0].overhead < COSTLY)):
-        plans += _until_it_fits(_blend(setting, tile) for tile in _smaller(setting.cells, LEAST["blend"]))
+        plans += _until_it_fits(
+            _blend(setting, tile) for tile in _smaller(setting.cells, max(LEAST, NARROWEST // setting.config.stride[1]))
+        )
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
         return min(fitting, key=lambda plan: plan.overhead)
     return min(plans or [_whole(setting)], key=lambda plan: plan.memory)
-
-
-def setting_of(vae: WanVAE, half: Half, size: tuple[int, int], chunk: int = 1) -> Setting:
-    """For a loaded VAE, with the device, type and backend that it has."""
-    weight = (vae.quant_conv if half == "encoder" else vae.post_quant_conv).weight
-    backend = "direct" if vae.backend == "winograd" and weight.dtype != torch.float32 else vae.backend
-    return Setting(vae.config, half, size, weight.dtype, weight.device, chunk, backend=backend)
-
-
-def free_budget(device: torch.device) -> int:
-    """Bytes free on a device; without a bound where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return free_memory() or 1 << 62
-
-
-def config_of(spec: VAESpec) -> VAEConfig:
-    """The configuration of a VAE; of a preset without its weights. ValueError for one of another kind."""
-    if spec.name in PRESETS and spec.target in ("wan_vae.model:WanVAE", "wan_vae.model:untrained"):
-        return PRESETS[spec.name]
-    target = spec.resolve()
-    other = isinstance(target, type) and not issubclass(target, WanVAE)  # told before weights are fetched
-    config = None if other else getattr(spec.load(), "config", None)
-    if not isinstance(config, VAEConfig):
-        known = f"{', '.join(PRESETS)} and their like"
-        raise ValueError(f"the memory of '{spec.name}' cannot be predicted: it is none of the Wan VAEs ({known})")
-    return config
 
 
 def decoding(spec: VAESpec, *, size: tuple[int, int], frames: int, dtype: str, device: str) -> dict[str, int]:
@@ -243,6 +187,9 @@ def _plan(
 
 
 def _footprint(setting: Setting, cells: tuple[int, int]) -> Footprint:
+    if not setting.is_wan:
+        cpu = setting.device.type != "cuda"
+        return streamed(setting.config, setting.half, cells, chunks=setting.chunks, dtype=setting.dtype, cpu=cpu)
     return footprint(setting.config, setting.half, cells, chunks=setting.chunks, **setting.costs)
 
 
@@ -271,13 +218,6 @@ def _trunk_shapes(setting: Setting, cells: tuple[int, int]) -> list[tuple[int, .
 def _bottom_shapes(setting: Setting) -> list[tuple[int, ...]]:
     channels = setting.config.z_dim if setting.half == "decoder" else _width(setting.config, "encoder")
     return [(1, channels, frames, *setting.cells) for frames in setting.chunks]
-
-
-@lru_cache(maxsize=8)
-def _suited(config: VAEConfig, dtype: torch.dtype) -> int:
-    """Bytes of the weights that Winograd's algorithm would transform."""
-    layers = [layer for layer in meta_model(config, dtype).modules() if isinstance(layer, nn.Conv2d | nn.Conv3d)]
-    return sum(layer.weight.nbytes for layer in layers if Winograd().takes(layer))
 
 
 @lru_cache(maxsize=32)

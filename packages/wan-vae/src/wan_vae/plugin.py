@@ -6,11 +6,12 @@ from functools import partial
 
 from .plugins import VAESpec, hookimpl
 
-_Spec = partial(
-    VAESpec, target="wan_vae.model:WanVAE", format="wan-vae/1", describe="wan_vae.checkpoint:describe", footprint="wan_vae.plan:decoding"
-)
+PLAN = "wan_vae.plan:decoding"
+_Spec = partial(VAESpec, target="wan_vae.model:WanVAE", format="wan-vae/1", describe="wan_vae.checkpoint:describe", footprint=PLAN)
 _Untrained = partial(_Spec, target="wan_vae.model:untrained")
-_Tiny = partial(VAESpec, target="wan_vae.codecs.taehv:TAEHV", format="wan-taehv/1", describe="wan_vae.codecs.taehv:describe")
+_Tiny = partial(
+    VAESpec, target="wan_vae.codecs.taehv:TAEHV", format="wan-taehv/1", describe="wan_vae.codecs.taehv:describe", footprint=PLAN
+)
 _LTX = partial(
     VAESpec,
     target="wan_vae.codecs.ltx:LTXVAE",
@@ -18,8 +19,9 @@ _LTX = partial(
     stride=(8, 32, 32),
     format="wan-ltx/1",
     describe="wan_vae.codecs.ltx:describe",
+    footprint=PLAN,
 )
-_Deep = partial(VAESpec, target="wan_vae.codecs.dcae:DCAE", format="wan-dcae/1", describe="wan_vae.codecs.dcae:describe")
+_Deep = partial(VAESpec, target="wan_vae.codecs.dcae:DCAE", format="wan-dcae/1", describe="wan_vae.codecs.dcae:describe", footprint=PLAN)
 
 VAES = [
     _Spec(

@@ -126,7 +126,7 @@ class Session:
             raise ValueError(f"not a state of this model's {self.half}: {', '.join(strange[:3]) or 'tensors are missing or extra'}")
         weight = next(getattr(self.vae, self.half).parameters())
         self.state.history = {name: value.to(weight.device, weight.dtype, copy=True) for name, value in found.items()}
-        self.waiting.held_BCTHW = None if held is None else held.to(weight.device, weight.dtype, copy=True)
+        self.waiting.held_BCTHW = None if held is None else held.to(weight.device, copy=True)
         self._size = None if held is None else (len(held), *held.shape[3:])
         self.ended = False
         self.noise = None if noise is None else FrameNoise(*noise.tolist())

@@ -82,10 +82,12 @@ class VAEObjective:
     def __init__(self, settings: dict[str, Any], dataset: Dataset, folder: Path, device: str, pm: pluggy.PluginManager) -> None:
         self.settings = read_settings(VAESettings, settings, "objective.settings")
         self.dataset, self.device = dataset, device
-        self.vae = fresh(find("wan_vaes", self.settings.vae, pm), self.settings.init, self.settings.architecture, device)
+        spec = find("wan_vaes", self.settings.vae, pm)
+        self.vae = fresh(spec, self.settings.init, self._architecture(spec), device)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         if any(phase.adversary for phase in self.settings.phases):
             self.modules["discriminator"] = self.settings.discriminator.build().to(device)
+        self._sound = torch.cat([torch.empty(0, device=device), *(buffer.flatten() for buffer in _statistics(self.vae))])
         self.perceptual = self._perceptual()
         clips = dataset.video([0])
         check_clips(clips, self.vae.spec.stride, *clips.shape[2:])  # previews are of whole clips
@@ -95,6 +97,13 @@ class VAEObjective:
             self._check(phase)
         if any(phase.inflate for phase in self.settings.phases):
             check_inflation(self.vae, min(size for phase in self.settings.phases for size in phase.size))
+
+    def _architecture(self, spec: Any) -> dict[str, Any]:
+        """Fields to change; the latents of fresh weights are none of a published VAE's, and are not tagged as such."""
+        settings = self.settings
+        if settings.init == "random" and "latent_space" not in settings.architecture and str(spec.weights).startswith("hub:"):
+            return {**settings.architecture, "latent_space": f"{spec.latent_space}-retrained"}
+        return settings.architecture
 
     def _perceptual(self) -> Perceptual | None:
         settings = self.settings
@@ -165,11 +174,22 @@ class VAEObjective:
         if (discriminator := self.modules.get("discriminator")) is not None:
             discriminator.requires_grad_(phases[now].adversary > 0)
         begun = phases[0 if before < 0 else phase_at(phases, before) + 1 : now + 1]
-        if begun:
-            _agree(self.vae)
         if any(phase.inflate for phase in begun):
             inflate(self.vae, averages["vae"])
         return bool(begun)
+
+    def gather(self) -> None:
+        """Statistics of batches become the mean over the processes, so that all hold, and save, the same; those of a step that went wrong
+        are the ones before it."""
+        if not (own := _statistics(self.vae)):
+            return
+        joined = torch.cat([buffer.flatten() for buffer in own])
+        if dist.is_initialized():
+            dist.all_reduce(joined)
+            joined /= dist.get_world_size()
+        self._sound = joined if joined.isfinite().all() else self._sound
+        for buffer, values in zip(own, self._sound.split([buffer.numel() for buffer in own]), strict=True):
+            buffer.copy_(values.view_as(buffer))
 
     def losses(self, batch: VAEBatch) -> tuple[Tensor, dict[str, Tensor]]:
         settings, video = self.settings, batch.video.to(self.device)
@@ -231,12 +251,10 @@ class VAEObjective:
         return self.settings.init == "pretrained" and not trained & {"encoder", "encoder_head"}
 
 
-def _agree(module: nn.Module) -> None:
-    """Statistics that each process has gathered of batches of its own become their mean, before a phase that freezes them."""
-    if dist.is_initialized():
-        for buffer in (buffer for buffer in module.buffers() if buffer.is_floating_point()):
-            dist.all_reduce(buffer)
-            buffer /= dist.get_world_size()
+def _statistics(module: nn.Module) -> list[Tensor]:
+    """What its batch norms have gathered."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _NormBase)]
+    return [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
 
 
 def _mixes(param: nn.Parameter) -> bool:

@@ -23,7 +23,7 @@ from ..plugins import VAESpec
 from ..shapes import check_latents, check_video
 from .dcae_config import PRESETS, DCAEConfig, validated
 from .dcae_diffusers import DIFFUSERS_CLASS, diffusers_config, from_diffusers, from_tensors, to_tensors
-from .dcae_infer import infer_config, is_diffusers, named_config
+from .dcae_infer import infer_config, is_diffusers
 from .dcae_layers import Decoder, Encoder
 
 
@@ -205,7 +205,7 @@ def _configured(path: Path) -> DCAEConfig | None:
         return validated({name: value for name, value in fields.items() if name != "format"}, path)
     if fields.get("_class_name") == DIFFUSERS_CLASS:
         return from_diffusers(fields, path)
-    return named_config(name, path) if (name := _release(fields)) else None
+    return PRESETS.get(_release(fields))  # of others the shapes tell
 
 
 def _spec_of(config: DCAEConfig, name: str | None = None) -> VAESpec:

@@ -179,7 +179,7 @@ LITE = {  # a faster decoder for the same latents
     "out_activation": "silu",
 }
 
-# by the names of the releases; diffusers/scripts/convert_dcae_to_diffusers.py has the scaling factors
+# by the names of the releases; the scaling factors are those of the config.json in their folders for diffusers
 PRESETS = {
     "dc-ae-f32c32-in-1.0": _deep(32, (), 0.3189, "dc-ae-f32c32-in"),
     "dc-ae-f32c32-mix-1.0": _deep(32, (), 0.4552, "dc-ae-f32c32-mix"),

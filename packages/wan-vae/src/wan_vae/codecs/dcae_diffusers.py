@@ -76,7 +76,16 @@ def from_diffusers(fields: Mapping[str, Any], path: Path) -> DCAEConfig:
     """
     if (channels := fields.get("in_channels", 3)) != 3:
         raise ValueError(f"'{path}' is a DC-AE for {channels} channels (in_channels), expected 3: pictures")
-    values = {own: fields.get(theirs, default) for own, (theirs, default) in DIFFUSERS_FIELDS.items()}
+    values = {field: fields.get(theirs, default) for field, (theirs, default) in DIFFUSERS_FIELDS.items()}
+    for field, (theirs, default) in DIFFUSERS_FIELDS.items():
+        if isinstance(default, list) and not isinstance(values[field], list):
+            raise ValueError(
+                f"the configuration of '{path}' is not valid: {theirs} is {values[field]!r}, expected a list with an entry a stage"
+            )
+        if field.endswith(STAGES) and not isinstance(values[field], list | str):
+            raise ValueError(
+                f"the configuration of '{path}' is not valid: {theirs} is {values[field]!r}, expected a name or a list of names"
+            )
     count = len(values["encoder_dims"])
     for name in [name for name in values if name.endswith(STAGES) and isinstance(values[name], str)]:
         values[name] = [values[name]] * count

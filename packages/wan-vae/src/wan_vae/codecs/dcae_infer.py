@@ -12,13 +12,6 @@ from .dcae_config import HALVES, PRESETS, DCAEConfig, Half, validated
 from .dcae_diffusers import DIFFUSERS_CLASS, with_space
 
 
-def named_config(name: str, path: Path) -> DCAEConfig:
-    """The preset of an official release's config.json, which holds `model_name` alone. ValueError lists the presets."""
-    if name not in PRESETS:
-        raise ValueError(f"'{path}' is of the model '{name}', which is none of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
 def infer_config(shapes: Shapes, source: Path) -> DCAEConfig:
     """The configuration of a checkpoint in official names, from the shapes of its tensors.
 
@@ -99,7 +92,9 @@ def _stage(tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _with_factor(config: DCAEConfig, source: Path) -> DCAEConfig:
-    name = next((name for name in PRESETS if name in _words(source)), None)
+    name = next(
+        (name for name in PRESETS if re.search(rf"(^|[\s/]|--){re.escape(name)}(-diffusers)?(\.[a-z]+)?($|\s)", _words(source))), None
+    )
     for preset in [PRESETS[name]] if name else [preset for key, preset in PRESETS.items() if "sana" in key]:
         scaled = config.model_copy(update={"scaling_factor": preset.scaling_factor})
         if with_space(scaled).latent_space == preset.latent_space:

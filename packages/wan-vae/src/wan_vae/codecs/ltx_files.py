@@ -56,17 +56,22 @@ def read_checkpoint(path: Path) -> tuple[LTXConfig, State]:
     refuse_others(state, path)
     config = read_configuration(path) or infer_config(shapes_of(state), path)
     theirs = any(".resnets." in key for key in state)
-    names = LTXVAE.official_names(config)
-    names = diffusers_names(config, list(names)) if theirs else names
     mean, std = (state.pop(key, None) for key in (("latents_mean", "latents_std") if theirs else (MEAN, STD)))
     if not _is_ours(path):
         check_one_dtype({key: value for key, value in state.items() if value.ndim}, path)
-    state = rename(state, {name: own for own, name in names.items()}, path)
+    state = _renamed(config, state, theirs, path)
     # products of matrices and vectors round by where in memory the matrix begins, which in a file may be anywhere
     state = {key: value.clone() if value.ndim == 2 else value for key, value in state.items()}
     if std is not None:
         config = _with_statistics(config, torch.zeros_like(std) if mean is None else mean, std, path)
     return config, state
+
+
+def _renamed(config: LTXConfig, state: State, theirs: bool, path: Path) -> State:
+    """The tensors under their own names. ValueError where some are missing, or are too many."""
+    names = LTXVAE.official_names(config)
+    names = diffusers_names(config, list(names)) if theirs else names
+    return rename(state, {name: own for own, name in names.items()}, path)
 
 
 def describe(path: str | os.PathLike[str]) -> VAESpec:
@@ -78,6 +83,12 @@ def describe(path: str | os.PathLike[str]) -> VAESpec:
         header = read_header(file)
         refuse_others(header, file)
         config = infer_config(shapes_of(header), file)
+    elif file.is_file() and file.suffix == ".safetensors":  # a file alone can be told to be whole
+        header = {key: value for key, value in read_header(file).items() if key not in UNUSED}
+        theirs = any(".resnets." in key for key in header)
+        _renamed(
+            config, {key: value for key, value in header.items() if key not in (MEAN, STD, "latents_mean", "latents_std")}, theirs, file
+        )
     with torch.device("meta"):
         return replace(spec_of(config), parameters=sum(parameter.numel() for parameter in LTXVAE(config).parameters()))
 
@@ -96,7 +107,12 @@ def read_configuration(path: Path) -> LTXConfig | None:
         return _validated({key: value for key, value in fields.items() if key != "format"}, path)
     if (official := _metadata(path).get("config")) is not None:
         try:
-            return named(_from_official(json.loads(official)["vae"]), path)
+            said = json.loads(official)
+            if not isinstance(said, dict) or not isinstance(said.get("vae"), dict):
+                raise ValueError("there is no object 'vae' in the configuration in its metadata")
+            config = named(_from_official(said["vae"]), path)
+            _check_up(config)
+            return config
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"'{path}': the configuration in its metadata cannot be read: {type(error).__name__}: {error}") from error
         except ValueError as error:
@@ -138,7 +154,11 @@ def official_config(config: LTXConfig) -> dict[str, Any]:
 
 
 def to_official(vae: LTXVAE) -> tuple[dict[str, str], State]:
-    """The metadata and the tensors of a .safetensors file as the official code and ComfyUI read it."""
+    """The metadata and the tensors of a .safetensors file as the official code and ComfyUI read it.
+
+    ValueError for blocks of the decoder that the official code would run otherwise.
+    """
+    _check_up(vae.config)
     return {"config": json.dumps({"vae": official_config(vae.config)})}, _state(vae, MEAN, STD)
 
 
@@ -169,11 +189,21 @@ def _from_official(fields: Mapping[str, Any]) -> dict[str, Any]:
         value = fields.get(name, ASSUMED.get(name, values[0]))
         if value not in values:
             raise ValueError(f"{name} is {value!r}, expected {values[0]!r}")
+    if unknown := [name for name in fields if "padding" in name and name not in DEFAULTS]:  # LTX-2's, under the same _class_name
+        raise ValueError(f"its configuration has {', '.join(unknown)}, as later models have it")
+    if missing := [name for name in ("encoder_blocks", "decoder_blocks") if not isinstance(fields.get(name, fields.get("blocks")), list)]:
+        raise ValueError(f"its configuration has no list {missing[0]}")
     logvar = fields.get("latent_log_var", "per_channel" if fields.get("double_z", True) else "none")
     blocks = {name: fields.get(name, fields.get("blocks")) for name in ("encoder_blocks", "decoder_blocks")}
     own = {name: fields[name] for name in EXTRA if name in fields}
     given = {name: fields.get(name, default) for name, default in DEFAULTS.items()}
     return {**blocks, **given, **own, "latent_log_var": logvar, "latent_channels": fields["latent_channels"]}
+
+
+def _check_up(config: LTXConfig) -> None:
+    for block in config.decoder_blocks:
+        if block.kind in ("compress_time", "compress_space") and (block.residual or block.factor > 1):
+            raise ValueError(f"'{block.kind}' with residual or multiplier: the official code heeds them in 'compress_all' alone")
 
 
 def named(fields: Mapping[str, Any], path: Path) -> LTXConfig:

@@ -60,7 +60,8 @@ def tiled(vae: Any, args: argparse.Namespace, size: tuple[int, int], half: Half,
     """
     from ..backoff import BackingOff, describe, smaller_tiles
     from ..model import WanVAE
-    from ..plan import make_plan, setting_of
+    from ..plan import make_plan
+    from ..setting import setting_of
     from ..tiling import TiledVAE
 
     if args.tile == "off" and args.tile_mode:
@@ -70,8 +71,8 @@ def tiled(vae: Any, args: argparse.Namespace, size: tuple[int, int], half: Half,
     if args.tile != "auto":
         exact = isinstance(vae, WanVAE)
         vae = TiledVAE(vae, args.tile, args.tile_mode or ("exact" if exact else "blend"))
-    elif isinstance(vae, WanVAE):
-        setting = replace(setting_of(vae, half, size, chunk), frames=frames)
+    elif found := setting_of(vae, half, size, chunk):
+        setting = replace(found, frames=frames)
         plan = make_plan(setting, "whole")
         if not plan.fits:
             plan = make_plan(setting, args.tile_mode)
@@ -87,7 +88,8 @@ def tiled(vae: Any, args: argparse.Namespace, size: tuple[int, int], half: Half,
 def _plan(args: argparse.Namespace) -> None:
     import torch
 
-    from ..plan import Setting, config_of, make_plan
+    from ..plan import make_plan
+    from ..setting import Setting, config_of
 
     device = _device(args)
     config = config_of(find_vae(args.codec))
