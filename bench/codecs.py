@@ -1,6 +1,6 @@
 """What the ideas of other codecs bring at tiny scale: `python bench/codecs.py docs/codecs.md` trains each pair three times, and compares.
 
-Every arm of a study has the data, the seeds and the budget of the others, and differs from them in what the study is about.
+Every arm of a study has the data, the seeds and the steps of the others, and differs from them in what the study is about.
 `python bench/codecs.py docs/codecs.md STUDY...` trains some of the studies alone; the page has those whose runs are in `runs/codecs`.
 """
 
@@ -9,176 +9,27 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median, stdev
-from typing import Any
+from statistics import mean, stdev
 
 import torch
+from codec_studies import OPTIMISER, PICTURES, RUNS, STUDIES, Study, draw_pictures
 from codec_table import section
 from curves import panel, smooth
 from page import header, machine, table
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from wan_train.config import TrainConfig
-from wan_train.data.natural import Natural
 from wan_train.trainer import Trainer
 from wan_vae import load_vae
-from wan_vae.metrics import psnr, ssim
 
-RUNS, SEEDS, CLIPS = Path("runs/codecs"), (0, 1, 2), 24
-PICTURES, COUNT = RUNS / "pictures", 3000
+SEEDS = (0, 1, 2)
 SUMMARY = """
 Tiny codecs on procedural clips with the statistics of film (`natural`), trained by wan-train on one thread each, three seeds an arm.
-Figures are of clips that no run has seen: the mean over the seeds, and their standard deviation. What holds for networks of a few hundred
-thousand parameters after minutes of training need not hold for large ones after weeks.
+Figures are of clips that no run has seen: the mean over the seeds, and their standard deviation; `GFLOP` is what one training clip takes
+there and back, without the gradients. Arms of a study take as many steps of as many pixels, not the same time. What holds for networks of
+a few hundred thousand parameters after minutes of training need not hold for large ones after weeks.
 """
-WAN = {"base_dim": 16, "decoder_base_dim": 16, "z_dim": 32, "num_res_blocks": 1, "latent_space": "study"}
-DEEP = {
-    "z_dim": 32, "encoder_dims": [16, 32, 64, 64, 64, 64], "decoder_dims": [16, 32, 64, 64, 64, 64], "encoder_depths": [0, 1, 1, 1, 1, 1],
-    "decoder_depths": [0, 1, 1, 1, 1, 1], "latent_space": "study",
-}  # fmt: skip
-DECODER = ["decoder_input", "decoder", "decoder_head"]
-OPTIMISER = {"name": "muon", "lr": 1.5e-3, "muon_lr": 0.015, "schedule": "cosine", "hold": 0.2, "final": 0.02, "warmup": 50}
-GENTLE = {**OPTIMISER, "lr": 2e-4, "muon_lr": 2e-3}  # for what is trained already
-Measure = Callable[[Any], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is compared: settings of the run, and of each arm besides; `measure` takes a trained VAE."""
-
-    title: str
-    question: str
-    data: dict[str, Any]
-    run: dict[str, Any]
-    objective: dict[str, Any]
-    arms: dict[str, dict[str, Any]]
-    measure: Measure
-
-
-def films(*lengths: int) -> Measure:
-    """PSNR and SSIM of clips of 64 pixels, by length in frames."""
-    return lambda vae: {key: value for frames in lengths for key, value in quality(vae, f"{frames} frames", clips(frames, 64)).items()}
-
-
-def pictures(vae: Any) -> dict[str, float]:
-    """Of unseen pictures of 256 pixels, and of their middle 64, as training sees them."""
-    whole = clips(1, 256)
-    return quality(vae, "64 px", whole[..., 96:160, 96:160]) | quality(vae, "256 px", whole)
-
-
-def with_noise(vae: Any) -> dict[str, float]:
-    """PSNR where latents are mixed with noise, as those of a backbone are that has not quite arrived.
-
-    A decoder that was trained to be told how much noise there is, is told. One that was not is told 0, and so is the plain one's copy.
-    """
-    given, found = clips(17, 64), {}
-    latents = torch.cat([vae.encode(clip[None]) for clip in given])
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    for share in (0.0, 0.05, 0.1, 0.2):
-        vae.config = vae.config.model_copy(update={"decode_timestep": share * vae.told, "decode_noise_scale": 0.0})
-        made = torch.cat([vae.decode(one[None]) for one in (1 - share) * latents + share * noise])
-        found[f"noise {share:g}, dB"] = of_each(psnr, made, given)
-    return found
-
-
-def clips(frames: int, size: int) -> Tensor:
-    """Clips that no run has seen, `[N, 3, frames, size, size]`."""
-    return Natural(seed=99, frames=frames, size=(size, size)).video(range(CLIPS))
-
-
-def quality(vae: Any, of: str, given: Tensor) -> dict[str, float]:
-    made = torch.cat([vae.decode(vae.encode(clip[None])) for clip in given])
-    return {f"{of}, dB": of_each(psnr, made, given), f"{of}, SSIM": of_each(ssim, made, given)}
-
-
-def draw_pictures() -> None:
-    """Stills of `natural` at 256 pixels as files: drawing them anew would take most of a step."""
-    made = PICTURES.with_suffix(".part")
-    made.mkdir(parents=True, exist_ok=True)
-    for index in range(COUNT):
-        picture = Natural(frames=1, size=(256, 256)).video([index])[0, :, 0]
-        pixels = picture.add(1).mul(127.5).round().byte().permute(1, 2, 0)
-        Image.fromarray(pixels.numpy()).save(made / f"{index:05}.png", compress_level=1)
-    made.rename(PICTURES)
-
-
-def of_each(metric: Callable[[Tensor, Tensor], Any], made: Tensor, clips: Tensor) -> float:
-    return mean(float(metric(a[None], b[None])) for a, b in zip(made, clips, strict=True))
-
-
-def phase(until: float, frames: int, size: int, **more: Any) -> dict[str, Any]:
-    return {"until": until, "frames": frames, "size": size, **more}
-
-
-STUDIES = {
-    "residual": Study(
-        "Residual down- and upsampling, and chunks",
-        "16x16x4 pixels to a latent of 32 channels. `residual` adds shortcuts without weights to `plain` (DC-AE, Wan2.2); `chunks` lets "
-        "the convolutions of `residual` see both ways within two latents (DC-AE-V).",
-        {"name": "natural", "settings": {"length": 20_000, "frames": 9}},
-        {"steps": 700, "batch_size": 2, "preview_every": 70},
-        {"vae": "residual-f16t4", "phases": [phase(1.0, 9, 64)]},
-        {
-            name: {"architecture": {**WAN, "dim_mult": [1, 2, 2, 2], "temporal_downsample": [False, True, True], "patch_size": 2, **own}}
-            for name, own in {
-                "plain": {"residual": False}, "residual": {"residual": True}, "chunks": {"residual": True, "chunk": 2},
-            }.items()
-        },
-        films(9, 25),
-    ),
-    "residual-f32": Study(
-        "Residual levels at four times the compression",
-        "The same at 32x32x8 pixels to a latent of 64 channels, without chunks: shortcuts are said to matter more the deeper a codec is.",
-        {"name": "natural", "settings": {"length": 20_000, "frames": 17}},
-        {"steps": 700, "batch_size": 1, "preview_every": 70},
-        {"vae": "residual-f32t8", "phases": [phase(1.0, 17, 64)]},
-        {
-            name: {"architecture": {
-                **WAN, "z_dim": 64, "dim_mult": [1, 2, 2, 2, 4], "temporal_downsample": [False, True, True, True], "patch_size": 2, **own
-            }}
-            for name, own in {"plain": {"residual": False}, "residual": {"residual": True}}.items()
-        },
-        films(17, 33),
-    ),
-    "adapted": Study(
-        "Adaptation to a resolution that was not trained on",
-        "A DC-AE, 32x32 pixels to a latent of 32 channels, on pictures of 256 pixels. `low` sees crops of 64 throughout. The others see them "
-        "for 70 % of the run. Then `adapted` goes through DC-AE's two other phases: the layers around the latents learn at 256 pixels, and the "
-        "last ones at 64 with an adversary, which PSNR and SSIM cannot judge; `no adversary` does so without it. `all of it` learns at 256 "
-        "pixels in every layer instead. A step has as many pixels in all phases. Curves are of whole pictures.",
-        {"name": "folder", "settings": {"path": str(PICTURES), "size": [256, 256], "frames": 1, "captions": "optional", "holdout": 16}},
-        {"steps": 1200, "batch_size": 16, "preview_every": 120},
-        {"vae": "dc-ae-f32c32-in-1.0", "architecture": DEEP},
-        {
-            "low": {"phases": [phase(1.0, 1, 64)]},
-            "adapted": {"phases": [
-                phase(0.7, 1, 64), phase(0.85, 1, 256, batch=1, trains=["encoder_head", "decoder_input"]),
-                phase(1.0, 1, 64, trains=["decoder_head"], adversary=0.5),
-            ]},
-            "no adversary": {"phases": [
-                phase(0.7, 1, 64), phase(0.85, 1, 256, batch=1, trains=["encoder_head", "decoder_input"]),
-                phase(1.0, 1, 64, trains=["decoder_head"]),
-            ]},
-            "all of it": {"phases": [phase(0.7, 1, 64), phase(1.0, 1, 256, batch=1)]},
-        },
-        pictures,
-    ),
-    "diffusion": Study(
-        "A decoder that takes noise out",
-        "The decoder of the built-in VAE goes on learning: `plain` as it is; `noise` with 0 to 0.2 of its latents given way to noise; `told` "
-        "the same, and told how much (the report's VAE-D, LTX-Video). All decode latents with shares of noise, of which `told` alone is "
-        "told the exact one. The two have more parameters, as a decoder that can be told has; those of `noise` see a constant. Curves are of "
-        "the share that `decode` mixes in by itself, 0.025 where there is noise in training.",
-        {"name": "natural", "settings": {"length": 20_000, "frames": 17}},
-        {"steps": 600, "batch_size": 2, "preview_every": 60, "optimiser": GENTLE},
-        {"vae": "tiny", "init": "pretrained", "phases": [phase(1.0, 17, 64, trains=DECODER)]},
-        {"plain": {}, "noise": {"vae": "untold_vae:untold"}, "told": {"architecture": {"timestep_conditioning": True}}},
-        with_noise,
-    ),
-}  # fmt: skip
 
 
 def main(page: str, *chosen: str) -> None:
@@ -204,14 +55,8 @@ def main(page: str, *chosen: str) -> None:
 def one(name: str, arm: str, seed: int) -> None:
     """Train and measure a run, unless both are done; what was trained with other settings is trained again."""
     study, folder = STUDIES[name], RUNS / name / arm / str(seed)
-    settings = {
-        "l1": 0.0,
-        "log_l2": 0.1,
-        "kl": 1e-3 if name.startswith("residual") else 0.0,
-        "validation": 8,
-        **study.objective,
-        **study.arms[arm],
-    }
+    kl = 1e-3 if name.startswith("residual") else 0.0
+    settings = {"l1": 0.0, "log_l2": 0.1, "kl": kl, "validation": 8, **study.objective, **study.arms[arm]}
     run = {
         "name": f"{name}, {arm}", "seed": seed, "output": str(folder), "ema": 0.99, "threads": 1, "save_every": 0,
         "optimiser": OPTIMISER, **study.run,
@@ -224,13 +69,13 @@ def one(name: str, arm: str, seed: int) -> None:
         asked.write_text(json.dumps(run))
     if figures.exists():
         return
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     vae = load_vae(str(folder / "export" / "vae"))
     vae.told = arm == "told"
-    found = {
-        "parameters": sum(each.numel() for each in vae.parameters()), **study.measure(vae),
-        "ms a step": 1000 * median(row["seconds"] for row in rows if "loss" in row),
-    }  # fmt: skip
+    found = {"parameters": sum(each.numel() for each in vae.parameters()), "GFLOP": 0.0, **study.measure(vae)}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        frames, size = (settings["phases"][0][key] for key in ("frames", "size"))
+        vae.to("meta").reconstruct(torch.zeros(1, 3, frames, size, size, device="meta"))
+    found["GFLOP"] = counter.get_total_flops() / 1e9
     figures.write_text(json.dumps(found))
     print(name, arm, seed, {key: round(value, 3) for key, value in found.items()}, flush=True)
 
@@ -244,7 +89,9 @@ def results(found: dict[str, list[dict[str, float]]]) -> str:
 def shown(head: str, values: list[float]) -> str:
     if head == "parameters":
         return f"{values[0]:,.0f}"
-    digits = 3 if "SSIM" in head else 0 if "ms" in head else 2
+    if head == "GFLOP":
+        return f"{values[0]:.2f}"
+    digits = 3 if "SSIM" in head else 2
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
