@@ -13,6 +13,7 @@ from ._shared.memory import free_memory
 from .config import PRESETS, VAEConfig
 from .convolution import resolve_backend
 from .footprint import meta_model
+from .model import WanVAE
 from .plugins import VAESpec
 from .tiles import Half
 from .traced import KINDS
@@ -68,14 +69,14 @@ class Setting:
 
 def setting_of(vae: Any, half: Half, size: tuple[int, int], chunk: int = 1) -> Setting | None:
     """For a loaded VAE, with the device, type and backend that it has; None for one whose memory cannot be predicted."""
-    if not isinstance(config := getattr(vae, "config", None), (VAEConfig, *KINDS)):
-        return None
-    if not isinstance(config, VAEConfig):
+    if isinstance(vae, WanVAE):
+        weight = (vae.quant_conv if half == "encoder" else vae.post_quant_conv).weight
+        backend = "direct" if vae.backend == "winograd" and weight.dtype != torch.float32 else vae.backend
+        return Setting(vae.config, half, size, weight.dtype, weight.device, chunk, backend=backend)
+    if (kind := KINDS.get(type(getattr(vae, "config", None)))) and isinstance(vae, kind):
         weight = next(vae.parameters())
-        return Setting(config, half, size, weight.dtype, weight.device, chunk)
-    weight = (vae.quant_conv if half == "encoder" else vae.post_quant_conv).weight
-    backend = "direct" if vae.backend == "winograd" and weight.dtype != torch.float32 else vae.backend
-    return Setting(config, half, size, weight.dtype, weight.device, chunk, backend=backend)
+        return Setting(vae.config, half, size, weight.dtype, weight.device, chunk)
+    return None
 
 
 def free_budget(device: torch.device) -> int:

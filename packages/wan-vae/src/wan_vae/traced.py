@@ -6,7 +6,7 @@ and 1.1 to 1.5 of what `ltx-video-0.9`, `dc-ae-f32c32-sana-1.0` and `taew2_1` to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -25,7 +25,7 @@ from .codecs.taehv_config import TAEW21, TAEW22, TAEHVConfig
 from .footprint import Footprint, FusedAttention, Meter
 from .tiles import Half
 
-KINDS: dict[type, Callable[[Any], Any]] = {DCAEConfig: DCAE, LTXConfig: LTXVAE, TAEHVConfig: TAEHV}
+KINDS: dict[type, Any] = {DCAEConfig: DCAE, LTXConfig: LTXVAE, TAEHVConfig: TAEHV}
 PRESETS: dict[str, Any] = {**DEEP, **LTX, "taew2_1": TAEW21, "taew2_2": TAEW22}
 SMALL = 20480  # channels x frames x rows up to which torch's `use_mkldnn` (aten/src/ATen/native/Convolution.cpp) says no
 CONVOLUTIONS = (torch.conv2d, torch.conv3d)
