@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from codec_studies import OPTIMISER, PICTURES, RUNS, STUDIES, Study, draw_pictures
@@ -26,7 +26,7 @@ from wan_vae import load_vae
 SEEDS = (0, 1, 2)
 SUMMARY = """
 Tiny codecs on procedural clips with the statistics of film (`natural`), trained by wan-train on one thread each, three seeds an arm.
-Figures are of clips that no run has seen: the mean over the seeds, and their standard deviation; `GFLOP` is what one training clip takes
+Figures are of clips that no run has seen: the mean over the seeds, the least and the most; `GFLOP` is what one training clip takes
 there and back, without the gradients. Arms of a study take as many steps of as many pixels, not the same time. What holds for networks of
 a few hundred thousand parameters after minutes of training need not hold for large ones after weeks.
 """
@@ -44,7 +44,11 @@ def main(page: str, *chosen: str) -> None:
     for name, study in STUDIES.items():
         found = {arm: [json.loads(path.read_text()) for path in sorted((RUNS / name / arm).glob("*/figures.json"))] for arm in study.arms}
         if all(len(runs) == len(SEEDS) for runs in found.values()):
-            parts += [f"## {study.title}\n\n{study.question}\n", results(found), f"![curves](training/codecs-{name}.png)\n"]
+            parts += [
+                f"## {study.title}\n\n{study.question}\n",
+                results(found),
+                f"{study.reading}\n\n![curves](training/codecs-{name}.png)\n",
+            ]
             trained |= {f"{name}, {arm}": str(RUNS / name / arm / "0" / "export" / "vae") for arm in study.arms}
             curves(name, study).save(Path(page).parent / "training" / f"codecs-{name}.png", optimize=True)
     if not chosen:
@@ -92,7 +96,7 @@ def shown(head: str, values: list[float]) -> str:
     if head == "GFLOP":
         return f"{values[0]:.2f}"
     digits = 3 if "SSIM" in head else 2
-    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def curves(name: str, study: Study) -> Image.Image:
