@@ -101,9 +101,9 @@ STUDIES = {
         "Residual down- and upsampling, and chunks",
         "16x16x4 pixels to a latent of 32 channels. `residual` adds shortcuts without weights to `plain` (DC-AE, Wan2.2); `chunks` lets "
         "the convolutions of `residual` see both ways within two latents (DC-AE-V).",
-        "Neither for nor against: where `plain` learns, it is as good. One of its three runs never left the mean colour, and none of "
-        "the nine with shortcuts on this page did, so they may help a start. `chunks` is ahead of `residual` on clips longer than "
-        "those it was trained on, behind on others, by less than seeds differ.",
+        "Neither for nor against: where both learn, `plain` is as good. One of its three runs never left the mean colour; in the next "
+        "study that happened to one with shortcuts, so it says nothing of either. `chunks` is ahead of `residual` on clips longer "
+        "than those it was trained on, behind on others, by less than seeds differ.",
         {"name": "natural", "settings": {"length": 20_000, "frames": 9}},
         {"steps": 700, "batch_size": 2, "preview_every": 70},
         {"vae": "residual-f16t4", "phases": [phase(1.0, 9, 64)]},

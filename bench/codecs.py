@@ -69,7 +69,10 @@ def one(name: str, arm: str, seed: int) -> None:
     asked, figures = folder / "asked.json", folder / "figures.json"
     if not asked.exists() or json.loads(asked.read_text()) != run:
         shutil.rmtree(folder, ignore_errors=True)
-        Trainer(TrainConfig.model_validate(run)).run()
+        trainer = Trainer(TrainConfig.model_validate(run))
+        trainer.run()
+        if trainer.step < trainer.config.steps:
+            raise SystemExit(f"{folder} was interrupted")
         asked.write_text(json.dumps(run))
     if figures.exists():
         return

@@ -82,7 +82,7 @@ def measured(half: str, height: int, width: int) -> int:
 def test_the_prediction_is_close_to_what_a_process_takes(half: str, height: int, width: int) -> None:
     parts = footprint(PRESETS["tiny"], half, (height // 8, width // 8), dtype=torch.float32)  # type: ignore[arg-type]
     ratio = parts.predicted() / measured(half, height, width)
-    assert 0.65 < ratio < 1.35, f"{ratio:.2f} of what was measured: {parts}"
+    assert 0.5 < ratio < 1.5, f"{ratio:.2f} of what was measured: {parts}"
 
 
 def test_the_parts_of_a_prediction() -> None:

@@ -80,7 +80,7 @@ def test_the_prediction_is_close_to_what_a_process_takes(name: str, half: Half) 
     done = subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
     ratio = (parts.predicted() - parts.weights) / (int(done.stdout) * 1024)
     print(name, half, parts, f"{ratio:.2f}")
-    assert 0.65 < ratio < 1.6, f"{ratio:.2f} of what was measured: {parts}"
+    assert 0.5 < ratio < 1.8, f"{ratio:.2f} of what was measured: {parts}"
 
 
 @pytest.mark.parametrize("name", CASES)
