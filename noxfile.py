@@ -102,7 +102,10 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """Measure against diffusers and transformers, and write docs/benchmarks.md and docs/parity.md; `-- parity` does one; `-- film` and `-- codecs`, three hours of one core, others."""
+    """Measure against diffusers and transformers, and write docs/benchmarks.md and docs/parity.md; `-- parity` does one.
+
+    `-- film` and `-- codecs`, three hours of one core, write others.
+    """
     environment(session, *TEST, *REFERENCES)
     for script in session.posargs or ["parity", "benchmarks"]:
         session.run(str(BIN / "python"), f"bench/{script}.py", f"docs/{script}.md", env=ONE_THREAD, external=True)
