@@ -24,12 +24,15 @@ DEEP = {
 DECODER = ["decoder_input", "decoder", "decoder_head"]
 OPTIMISER = {"name": "muon", "lr": 1.5e-3, "muon_lr": 0.015, "schedule": "cosine", "hold": 0.2, "final": 0.02, "warmup": 50}
 GENTLE = {**OPTIMISER, "lr": 2e-4, "muon_lr": 2e-3}  # for what is trained already
-Measure = Callable[[Any], dict[str, float]]
+Measure = Callable[[Any, str], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared: settings of the run, and of each arm besides; `measure` takes a trained VAE. reading: what the figures said."""
+    """What is compared: settings of the run, and of each arm besides.
+
+    measure: takes a trained VAE and the name of its arm; reading: what the figures said
+    """
 
     title: str
     question: str
@@ -43,25 +46,26 @@ class Study:
 
 def films(*lengths: int) -> Measure:
     """PSNR and SSIM of clips of 64 pixels, by length in frames."""
-    return lambda vae: {key: value for frames in lengths for key, value in quality(vae, f"{frames} frames", clips(frames, 64)).items()}
+    return lambda vae, arm: {key: value for frames in lengths for key, value in quality(vae, f"{frames} frames", clips(frames, 64)).items()}
 
 
-def pictures(vae: Any) -> dict[str, float]:
+def pictures(vae: Any, arm: str) -> dict[str, float]:
     """Of unseen pictures of 256 pixels, and of their middle 64, as training sees them."""
     whole = clips(1, 256)
     return quality(vae, "64 px", whole[..., 96:160, 96:160]) | quality(vae, "256 px", whole)
 
 
-def with_noise(vae: Any) -> dict[str, float]:
+def with_noise(vae: Any, arm: str) -> dict[str, float]:
     """PSNR where latents are mixed with noise, as those of a backbone are that has not quite arrived.
 
-    A decoder that was trained to be told how much noise there is, is told. One that was not is told 0, and so is the plain one's copy.
+    A decoder that was trained to be told how much noise there is, is told; others are told 0, which those that were not conditioned do
+    not heed.
     """
     given, found = clips(17, 64), {}
     latents = torch.cat([vae.encode(clip[None]) for clip in given])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     for share in (0.0, 0.05, 0.1, 0.2):
-        vae.config = vae.config.model_copy(update={"decode_timestep": share * vae.told, "decode_noise_scale": 0.0})
+        vae.config = vae.config.model_copy(update={"decode_timestep": share * (arm == "told"), "decode_noise_scale": 0.0})
         made = torch.cat([vae.decode(one[None]) for one in (1 - share) * latents + share * noise])
         found[f"noise {share:g}, dB"] = of_each(psnr, made, given)
     return found

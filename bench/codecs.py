@@ -77,8 +77,7 @@ def one(name: str, arm: str, seed: int) -> None:
     if figures.exists():
         return
     vae = load_vae(str(folder / "export" / "vae"))
-    vae.told = arm == "told"
-    found = {"parameters": sum(each.numel() for each in vae.parameters()), "GFLOP": 0.0, **study.measure(vae)}
+    found = {"parameters": sum(each.numel() for each in vae.parameters()), "GFLOP": 0.0, **study.measure(vae, arm)}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         frames, size = (settings["phases"][0][key] for key in ("frames", "size"))
         vae.to("meta").reconstruct(torch.zeros(1, 3, frames, size, size, device="meta"))

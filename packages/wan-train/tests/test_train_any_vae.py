@@ -20,9 +20,11 @@ from torch import Tensor
 from wan_train import TrainConfig, Trainer
 from wan_train.data.shapes import Shapes
 from wan_train.objectives.vae import VAEObjective
+from wan_train.plugins import plugin_manager
 from wan_train.randomness import generator
 from wan_train.store import shards
 from wan_train.store.manifest import folder_name
+from wan_vae.plugins import find_vae
 
 Recipe = Callable[..., TrainConfig]
 Group = Callable[..., list[Any]]
@@ -198,6 +200,17 @@ def test_processes_freeze_the_same_statistics(group: Group, vae_toml: Path) -> N
     one, other = (answer["weights"] for answer in answers)
     assert "vae.compress.1.running_var" in one
     assert [name for name, value in one.items() if not (value == other[name]).all()] == []
+
+
+@pytest.mark.parametrize("vae", ["wan2.1", "dc-ae-f32c32-in-1.0"])
+def test_latents_of_fresh_weights_are_not_tagged_as_the_published_ones(vae: str, tmp_path: Path) -> None:
+    narrow = {"encoder_dims": [8] * 6, "decoder_dims": [8] * 6, "head_dim": 4, "z_dim": 4} if "dc-ae" in vae else {}
+    narrow |= {"base_dim": 4, "decoder_base_dim": 4} if vae == "wan2.1" else {}
+    fields = {"vae": vae, "phases": [{"until": 1.0, "frames": 1, "size": 32}]}
+    for said, tag in (({}, f"{find_vae(vae).latent_space}-retrained"), ({"latent_space": "mine-1"}, "mine-1")):
+        settings = {**fields, "architecture": {**narrow, **said}}
+        objective = VAEObjective(settings, Shapes(frames=1, size=(32, 32), length=4), tmp_path, "cpu", plugin_manager())
+        assert objective.vae.spec.latent_space == tag
 
 
 def test_a_step_that_is_left_out_leaves_no_statistics(vae_recipe: Recipe) -> None:

@@ -15,18 +15,19 @@ import pytest
 import torch
 import wan_vae.plan
 from torch import Tensor
+from wan_vae._shared.spec import resolve_name
 from wan_vae.codecs.dcae import DCAE
 from wan_vae.codecs.dcae_config import PRESETS as DEEP
 from wan_vae.codecs.ltx import LTXVAE
 from wan_vae.codecs.ltx_config import LTXConfig
 from wan_vae.codecs.taehv_config import TAEW21
 from wan_vae.commands.planning import add_tiling, tiled
-from wan_vae.footprint import Footprint
+from wan_vae.footprint import Footprint, Meter
 from wan_vae.plan import make_plan
 from wan_vae.plugins import find_vae
 from wan_vae.setting import Setting, config_of, setting_of
 from wan_vae.tiles import Half
-from wan_vae.traced import KINDS, PRESETS, meta_codec, streamed
+from wan_vae.traced import KINDS, PRESETS, CopyingConvolutions, meta_codec, streamed
 
 GB = 10**9
 BLOCKS: list[Any] = [["res_x", 2], ["compress_all", {}], ["res_x", 2], ["compress_all", {}], ["res_x", 2]]
@@ -81,6 +82,27 @@ def test_the_prediction_is_close_to_what_a_process_takes(name: str, half: Half) 
     ratio = (parts.predicted() - parts.weights) / (int(done.stdout) * 1024)
     print(name, half, parts, f"{ratio:.2f}")
     assert 0.5 < ratio < 1.8, f"{ratio:.2f} of what was measured: {parts}"
+
+
+@pytest.mark.parametrize(("channels", "cpu", "expected"), [(16, True, "columns"), (64, True, "copies"), (64, False, "")])
+def test_what_a_convolution_takes_beside_input_and_output(channels: int, cpu: bool, expected: str) -> None:
+    """Up to 20480 channels x frames x rows torch writes out what every position sees; oneDNN works on copies; a GPU is left at that."""
+    x = torch.empty(1, channels, 6, 160, 32, device="meta")
+    weight = torch.empty(8, channels, 3, 3, 3, device="meta")
+    with torch.no_grad(), CopyingConvolutions(cpu), Meter([x, weight]) as meter:
+        made = torch.conv3d(x, weight)
+    extra = {"columns": 4 * weight[0].numel() * made[0, 0].numel(), "copies": x.nbytes + weight.nbytes + made.nbytes, "": 0}
+    assert meter.peak == made.nbytes + extra[expected]
+
+
+def test_specs_tell_what_decoding_takes() -> None:
+    """What `wan-dit plan` asks."""
+    for name in ("ltx-video-0.9", "dc-ae-f32c32-sana-1.0", "taew2_1", "tiny"):
+        spec = find_vae(name)
+        assert spec.footprint
+        told = resolve_name(spec.footprint)(spec, size=(256, 256), frames=17, dtype="bfloat16", device="cuda")
+        assert told["weights"] >= 2 * (spec.parameters or 0) > 0
+        assert told["work"] > 2 * 3 * 17 * 256 * 256
 
 
 @pytest.mark.parametrize("name", CASES)

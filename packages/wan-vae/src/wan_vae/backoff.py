@@ -128,8 +128,8 @@ def smaller_tiles(vae: Any, chunk: int = 1) -> Make:
         if setting := setting_of(vae, half, size, chunk):
             whole = make_plan(setting, "whole").memory
             halved = replace(setting, memory=min(whole, free_budget(setting.device)) // 2)
-            plan = make_plan(halved, "exact") if setting.is_wan else None
-            plan = plan if plan and plan.fits else make_plan(halved)
+            plan = make_plan(halved, "exact" if setting.is_wan else "blend")
+            plan = plan if plan.fits else make_plan(halved)
             if plan.mode != "whole":
                 return TiledVAE(vae, plan.tile, plan.mode, plan.overlap or None)
         inner, mode = (vae.vae, vae.mode) if isinstance(vae, TiledVAE) else (vae, "exact" if isinstance(vae, WanVAE) else "blend")

@@ -201,10 +201,11 @@ class VideoCodec:
         own = self._fingerprint()
         comparable = info.weights and own and info.weights_dtype == self._dtype()
         if spec.latent_space == UNKNOWN and not (comparable and info.weights == own):
+            made, now = info.weights_dtype or "none", self._dtype() or "none"
+            hint = f"; load it in {made} (--dtype)" if made not in ("none", now) else ""
             raise ValueError(
                 f"'{file.path}' holds latents of an unknown space, which only the VAE that made them decodes, and "
-                f"'{self.name}' has other weights or another type (made in {info.weights_dtype or 'none'}, now {self._dtype() or 'none'}); "
-                "it can be loaded in the type that they were made in: --dtype, or load_vae(dtype=...)"
+                f"'{self.name}' has other weights or another type (made in {made}, now {now}){hint}"
             )
         if comparable and info.weights != own:
             message = f"'{file.path}' was encoded with other weights ({info.weights[:12]}) than '{self.name}' has ({own[:12]})"

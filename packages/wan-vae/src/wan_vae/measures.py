@@ -77,7 +77,7 @@ MEASURES = (
         "memory",
         "{:.0f} MB",
         "MB",
-        "peak of encoding and decoding above what the loaded codec takes; a lower bound on systems other than Linux",
+        "peak of encoding and decoding above what the loaded codec takes; a lower bound where the system keeps old peaks",
     ),
 )
 PSNR = next(measure for measure in MEASURES if measure.key == "psnr")

@@ -87,7 +87,7 @@ class VAEObjective:
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         if any(phase.adversary for phase in self.settings.phases):
             self.modules["discriminator"] = self.settings.discriminator.build().to(device)
-        self._sound = torch.cat([torch.empty(0, device=device), *(buffer.flatten() for buffer in _statistics(self.vae))])
+        self._before: list[Tensor] = []
         self.perceptual = self._perceptual()
         clips = dataset.video([0])
         check_clips(clips, self.vae.spec.stride, *clips.shape[2:])  # previews are of whole clips
@@ -163,6 +163,7 @@ class VAEObjective:
 
     def enter(self, progress: float, before: float, averages: Mapping[str, Mapping[str, Tensor]]) -> bool:
         """Freeze what the phase does not train, and inflate the VAE where one begins that asks for it; says whether one begins."""
+        self._before = [buffer.clone() for buffer in _statistics(self.vae)]
         phases, now = self.settings.phases, phase_at(self.settings.phases, progress)
         self.vae.requires_grad_(not phases[now].trains)
         parts = self.vae.parameter_groups() if phases[now].trains else {}
@@ -187,8 +188,8 @@ class VAEObjective:
         if dist.is_initialized():
             dist.all_reduce(joined)
             joined /= dist.get_world_size()
-        self._sound = joined if joined.isfinite().all() else self._sound
-        for buffer, values in zip(own, self._sound.split([buffer.numel() for buffer in own]), strict=True):
+        agreed = joined.split([buffer.numel() for buffer in own])
+        for buffer, values in zip(own, agreed if joined.isfinite().all() else self._before, strict=True):
             buffer.copy_(values.view_as(buffer))
 
     def losses(self, batch: VAEBatch) -> tuple[Tensor, dict[str, Tensor]]:

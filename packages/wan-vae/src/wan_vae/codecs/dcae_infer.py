@@ -92,9 +92,7 @@ def _stage(tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _with_factor(config: DCAEConfig, source: Path) -> DCAEConfig:
-    name = next(
-        (name for name in PRESETS if re.search(rf"(^|[\s/]|--){re.escape(name)}(-diffusers)?(\.[a-z]+)?($|\s)", _words(source))), None
-    )
+    name = _release(source)
     for preset in [PRESETS[name]] if name else [preset for key, preset in PRESETS.items() if "sana" in key]:
         scaled = config.model_copy(update={"scaling_factor": preset.scaling_factor})
         if with_space(scaled).latent_space == preset.latent_space:
@@ -102,8 +100,9 @@ def _with_factor(config: DCAEConfig, source: Path) -> DCAEConfig:
     return config
 
 
-def _words(source: Path) -> str:
-    """The names of a file, of its folder, and of the repository of a file in the Hub's cache."""
+def _release(source: Path) -> str | None:
+    """The release that a file, its folder, or the repository of a file in the Hub's cache has the name of."""
     path = source.absolute()
-    names = [path.name, path.parent.name, *(part for part in path.parts if part.startswith("models--"))]
-    return " ".join(names).lower()
+    repositories = [part.rpartition("--")[2] for part in path.parts if part.startswith("models--")]
+    names = [name.lower().removesuffix("-diffusers") for name in (path.name, path.stem, path.parent.name, *repositories)]
+    return next((name for name in names if name in PRESETS), None)

@@ -55,11 +55,9 @@ def read_checkpoint(path: Path) -> tuple[LTXConfig, State]:
     state = {key: value for key, value in read_tensors(path).items() if key not in UNUSED}
     refuse_others(state, path)
     config = read_configuration(path) or infer_config(shapes_of(state), path)
-    theirs = any(".resnets." in key for key in state)
-    mean, std = (state.pop(key, None) for key in (("latents_mean", "latents_std") if theirs else (MEAN, STD)))
+    state, mean, std = _renamed(config, state, path)
     if not _is_ours(path):
         check_one_dtype({key: value for key, value in state.items() if value.ndim}, path)
-    state = _renamed(config, state, theirs, path)
     # products of matrices and vectors round by where in memory the matrix begins, which in a file may be anywhere
     state = {key: value.clone() if value.ndim == 2 else value for key, value in state.items()}
     if std is not None:
@@ -67,11 +65,14 @@ def read_checkpoint(path: Path) -> tuple[LTXConfig, State]:
     return config, state
 
 
-def _renamed(config: LTXConfig, state: State, theirs: bool, path: Path) -> State:
-    """The tensors under their own names. ValueError where some are missing, or are too many."""
+def _renamed(config: LTXConfig, state: State, path: Path) -> tuple[State, torch.Tensor | None, torch.Tensor | None]:
+    """The tensors under their own names, and mean and deviation of the latents. ValueError where some are missing, or are too many."""
+    theirs = any(".resnets." in key for key in state)
+    mean, std = ("latents_mean", "latents_std") if theirs else (MEAN, STD)
     names = LTXVAE.official_names(config)
     names = diffusers_names(config, list(names)) if theirs else names
-    return rename(state, {name: own for own, name in names.items()}, path)
+    rest = {key: value for key, value in state.items() if key not in (mean, std)}
+    return rename(rest, {name: own for own, name in names.items()}, path), state.get(mean), state.get(std)
 
 
 def describe(path: str | os.PathLike[str]) -> VAESpec:
@@ -84,11 +85,7 @@ def describe(path: str | os.PathLike[str]) -> VAESpec:
         refuse_others(header, file)
         config = infer_config(shapes_of(header), file)
     elif file.is_file() and file.suffix == ".safetensors":  # a file alone can be told to be whole
-        header = {key: value for key, value in read_header(file).items() if key not in UNUSED}
-        theirs = any(".resnets." in key for key in header)
-        _renamed(
-            config, {key: value for key, value in header.items() if key not in (MEAN, STD, "latents_mean", "latents_std")}, theirs, file
-        )
+        _renamed(config, {key: value for key, value in read_header(file).items() if key not in UNUSED}, file)
     with torch.device("meta"):
         return replace(spec_of(config), parameters=sum(parameter.numel() for parameter in LTXVAE(config).parameters()))
 
@@ -111,7 +108,7 @@ def read_configuration(path: Path) -> LTXConfig | None:
             if not isinstance(said, dict) or not isinstance(said.get("vae"), dict):
                 raise ValueError("there is no object 'vae' in the configuration in its metadata")
             config = named(_from_official(said["vae"]), path)
-            _check_up(config)
+            _check_official(config)
             return config
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"'{path}': the configuration in its metadata cannot be read: {type(error).__name__}: {error}") from error
@@ -158,7 +155,7 @@ def to_official(vae: LTXVAE) -> tuple[dict[str, str], State]:
 
     ValueError for blocks of the decoder that the official code would run otherwise.
     """
-    _check_up(vae.config)
+    _check_official(vae.config)
     return {"config": json.dumps({"vae": official_config(vae.config)})}, _state(vae, MEAN, STD)
 
 
@@ -200,7 +197,7 @@ def _from_official(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**blocks, **given, **own, "latent_log_var": logvar, "latent_channels": fields["latent_channels"]}
 
 
-def _check_up(config: LTXConfig) -> None:
+def _check_official(config: LTXConfig) -> None:
     for block in config.decoder_blocks:
         if block.kind in ("compress_time", "compress_space") and (block.residual or block.factor > 1):
             raise ValueError(f"'{block.kind}' with residual or multiplier: the official code heeds them in 'compress_all' alone")
