@@ -154,8 +154,8 @@ def test_latents_of_an_unknown_space_are_decoded_by_the_vae_that_made_them_alone
     maker, other = (WanVAE(TINY.model_copy(update={"latent_space": UNKNOWN})).eval() for _ in range(2))
     VideoCodec(maker).encode_file(film(), latents)
     assert VideoCodec(maker).decode_file(latents, back).frames == 7
-    for wrong in (other, maker.to(torch.bfloat16)):
-        with pytest.raises(ValueError, match="latents of an unknown space, which only the VAE that made them decodes"):
+    for wrong, hint in ((other, r"now float32\)$"), (maker.to(torch.bfloat16), r"load it in float32 \(--dtype\)$")):
+        with pytest.raises(ValueError, match=f"latents of an unknown space, which only the VAE that made them decodes, .*{hint}"):
             VideoCodec(wrong).decode_file(latents, tmp_path / "other.mp4")
     assert not (tmp_path / "other.mp4").exists()
 
